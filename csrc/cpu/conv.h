@@ -1,0 +1,139 @@
+// What the three convolution kernels share: the split into bands, the activated window that a band
+// reads, weights packed for the matrix tile.
+#pragma once
+
+#include "rows.h"
+
+namespace preact {
+
+constexpr int64_t kColumnBlock = 64;     // columns of a packed weight block, and of a tile call
+constexpr int64_t kTileBytes = 64 * 1024;  // of accumulators that stay in cache for the epilogue
+constexpr int64_t kFewestBands = 32;     // so that every thread gets some, where the work allows
+constexpr int64_t kFewestPixels = 32;    // of a band
+
+// A 1x1 convolution that moves no pixel works on [pixels, C], whatever the images.
+inline ConvShape flattened(ConvShape shape) {
+  const bool pointwise = shape.kernel_height == 1 && shape.kernel_width == 1 &&
+                         shape.stride_height == 1 && shape.stride_width == 1 &&
+                         shape.input.height == shape.output.height &&
+                         shape.input.width == shape.output.width && shape.pad_top == 0 &&
+                         shape.pad_left == 0;
+  if (pointwise) {
+    shape.input = {1, shape.input.pixels(), 1, shape.input.channels};
+    shape.output = {1, shape.output.pixels(), 1, shape.output.channels};
+  }
+  return shape;
+}
+
+// Rows of each image in bands of at most `most` rows; the split depends on the shape alone.
+struct Bands {
+  int64_t rows, rows_per_band, per_image;
+  Parts parts;
+
+  Bands(const ImageShape& image, int64_t most, int64_t most_parts)
+      : rows(image.height),
+        rows_per_band(ceil_div(rows, bands_wanted(image, most))),
+        per_image(ceil_div(rows, rows_per_band)),
+        parts(image.images * per_image, most_parts) {}
+
+  int64_t image(int64_t band) const { return band / per_image; }
+  int64_t first_row(int64_t band) const { return band % per_image * rows_per_band; }
+  int64_t end_row(int64_t band) const { return std::min(rows, first_row(band) + rows_per_band); }
+
+ private:
+  static int64_t bands_wanted(const ImageShape& image, int64_t most) {
+    const int64_t fewest = ceil_div(image.height, std::clamp<int64_t>(most, 1, image.height));
+    const int64_t to_share = ceil_div(kFewestBands, image.images);
+    const int64_t sensible = std::max<int64_t>(image.height * image.width / kFewestPixels, 1);
+    return std::clamp(std::min(to_share, sensible), fewest, image.height);
+  }
+};
+
+// The pixels of h = act(bn(u)) that some output rows read, zero-padded: [rows, width, C]. Where the
+// kernel has one row (or column), only the rows (columns) that the stride reaches are there.
+struct Window {
+  int64_t gather_height, gather_width;  // input pixels from one row, column to the next
+  int64_t step_height, step_width;      // rows, columns from one output pixel to the next
+  int64_t width;
+
+  explicit Window(const ConvShape& shape)
+      : gather_height(shape.kernel_height == 1 ? shape.stride_height : 1),
+        gather_width(shape.kernel_width == 1 ? shape.stride_width : 1),
+        step_height(shape.kernel_height == 1 ? 1 : shape.stride_height),
+        step_width(shape.kernel_width == 1 ? 1 : shape.stride_width),
+        width((shape.output.width - 1) * step_width + shape.kernel_width) {}
+
+  int64_t rows(const ConvShape& shape, int64_t output_rows) const {
+    return (output_rows - 1) * step_height + shape.kernel_height;
+  }
+
+  // Fills h for output rows [first, first + output_rows) of an image [H, W, C].
+  template <typename S, typename A>
+  void fill(const ConvShape& shape, const S* image, int64_t first, int64_t output_rows,
+            const A* affine, Activation activation, A* h) const {
+    const int64_t height = shape.input.height, channels = shape.input.channels;
+    const int64_t columns = shape.input.width, count = rows(shape, output_rows);
+    const int64_t top = first * step_height * gather_height - shape.pad_top;
+    const bool dense = gather_height == 1 && gather_width == 1 && shape.pad_left == 0 &&
+                       width == columns && top >= 0 && top + count <= height;
+    if (dense) {
+      activate_rows(image + top * columns * channels, count * columns, channels, affine, activation,
+                    h);
+      return;
+    }
+    // columns of the window that lie inside the image
+    const int64_t begin = std::min(width, ceil_div(shape.pad_left, gather_width));
+    const int64_t end = std::clamp<int64_t>(
+        ceil_div(columns + shape.pad_left, gather_width), begin, width);
+    for (int64_t i = 0; i < count; ++i, h += width * channels) {
+      const int64_t y = top + i * gather_height;
+      if (y < 0 || y >= height || begin == end) {
+        std::fill_n(h, width * channels, A(0));
+        continue;
+      }
+      std::fill_n(h, begin * channels, A(0));
+      std::fill_n(h + end * channels, (width - end) * channels, A(0));
+      const S* const u = image + (y * columns + begin * gather_width - shape.pad_left) * channels;
+      if (gather_width == 1) {
+        activate_rows(u, end - begin, channels, affine, activation, h + begin * channels);
+      } else {
+        for (int64_t j = begin; j < end; ++j)
+          activate_rows(u + (j - begin) * gather_width * channels, 1, channels, affine, activation,
+                        h + j * channels);
+      }
+    }
+  }
+};
+
+// A weight matrix [k, n] for the tile, n in blocks of kColumnBlock columns: [n / block][k][block].
+template <typename A>
+struct Packed {
+  A* data;
+  int64_t k, n;
+
+  int64_t columns(int64_t block) const { return std::min(kColumnBlock, n - block * kColumnBlock); }
+  int64_t blocks() const { return ceil_div(n, kColumnBlock); }
+  A* at(int64_t block, int64_t row) const {
+    return data + block * kColumnBlock * k + row * columns(block);
+  }
+
+  // Row i is value(i, column) for each column; rows in parallel.
+  template <typename F>
+  void fill(const Runtime& runtime, const F& value) const {
+    const Parts parts(k, kMostParts);
+    parallel_for(runtime, parts.parts, [&](int64_t part) {
+      for (int64_t block = 0; block < blocks(); ++block)
+        for (int64_t i = parts.begin(part); i < parts.end(part); ++i)
+          for (int64_t j = 0; j < columns(block); ++j)
+            at(block, i)[j] = value(i, block * kColumnBlock + j);
+    });
+  }
+};
+
+template <typename S>
+Accumulator<S> weight_at(const Weight& w, int64_t k, int64_t c, int64_t r, int64_t s) {
+  return widen(static_cast<const S*>(
+      w.data)[k * w.stride_k + c * w.stride_c + r * w.stride_r + s * w.stride_s]);
+}
+
+}  // namespace preact

@@ -1,0 +1,74 @@
+// preact_conv_forward: y = conv(act(scale * (u - mean) + shift), W) + residual, statistics of y.
+// Reads u [M, C] and residual, writes y [M', K]; FLOPs 2*M'*K*C*R*S.
+//
+// A band of output rows: its window of h is made once (prologue), then each tile of rows is one
+// matrix product per kernel row, since S*C values of h lie in a row; the tile gets its residual, is
+// stored and measured while it is in cache (epilogue).
+#include "conv.h"
+#include "statistics.h"
+
+namespace preact {
+namespace {
+
+template <typename S>
+void run(const Runtime& runtime, const PreactConvForward& op) {
+  using A = Accumulator<S>;
+  const ConvShape shape = flattened(op.shape);
+  const Window window(shape);
+  const int64_t c = shape.input.channels, k = shape.output.channels;
+  const int64_t q = shape.output.width, p = shape.output.height;
+  const int64_t r = shape.kernel_height, run_length = shape.kernel_width * c;
+  const A* const affine = static_cast<const A*>(op.affine);
+
+  const Packed<A> weight{buffer<A>(Buffer::kWeight, r * run_length * k), r * run_length, k};
+  weight.fill(runtime, [&](int64_t row, int64_t column) {
+    return weight_at<S>(op.weight, column, row % c, row / run_length, row / c % shape.kernel_width);
+  });
+
+  const int64_t row_bytes = window.width * c * window.step_height * static_cast<int64_t>(sizeof(A));
+  const Bands bands(shape.output, kCacheBytes / row_bytes, kMostParts);
+  // rows of outputs lie one after the other where the window has as many columns
+  const bool joined = window.width == q && window.step_height == 1;
+  const int64_t tile_rows = std::clamp<int64_t>(
+      kTileBytes / (q * k * static_cast<int64_t>(sizeof(A))), 1, bands.rows_per_band);
+  const Tile<A> tile = tile_of(runtime, A{});
+
+  PartialMoments moments(op.stats ? bands.parts.parts : 0, k);
+  parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
+    const int64_t most_rows = window.rows(shape, bands.rows_per_band);
+    A* const h = buffer<A>(Buffer::kSource, most_rows * window.width * c);
+    A* const out = buffer<A>(Buffer::kTile, tile_rows * q * k);
+    for (int64_t band = bands.parts.begin(part); band < bands.parts.end(part); ++band) {
+      const int64_t image = bands.image(band), first = bands.first_row(band);
+      const int64_t end = bands.end_row(band);
+      const S* const u =
+          static_cast<const S*>(op.input) + image * shape.input.height * shape.input.width * c;
+      window.fill(shape, u, first, end - first, affine, op.activation, h);
+      for (int64_t row = first; row < end; row += tile_rows) {
+        const int64_t rows = std::min(tile_rows, end - row);
+        const int64_t calls = joined ? 1 : rows, m = joined ? rows * q : q;
+        for (int64_t block = 0; block < weight.blocks(); ++block)
+          for (int64_t i = 0; i < calls; ++i)
+            for (int64_t tap = 0; tap < r; ++tap) {
+              const int64_t source = ((row - first + i) * window.step_height + tap) * window.width;
+              tile(m, weight.columns(block), run_length, window.step_width * c,
+                   weight.columns(block), k, tap > 0, h + source * c,
+                   weight.at(block, tap * run_length), out + i * q * k + block * kColumnBlock);
+            }
+        const int64_t offset = (image * p + row) * q * k;
+        store_rows(out, op.residual ? static_cast<const S*>(op.residual) + offset : nullptr,
+                   rows * q, k, static_cast<S*>(op.output) + offset);
+        if (op.stats) add_tile(moments[part], out, 1, rows * q, 0, k);
+      }
+    }
+  });
+  if (op.stats) moments.finish(static_cast<A*>(op.stats));
+}
+
+}  // namespace
+
+void preact_conv_forward(const Runtime& runtime, const PreactConvForward& op) {
+  dispatch(op.dtype, [&]<typename S>(S) { run<S>(runtime, op); });
+}
+
+}  // namespace preact

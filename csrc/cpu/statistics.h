@@ -1,0 +1,112 @@
+// Per-channel statistics and sums, tile by tile while each is in cache, merged in a fixed order.
+#pragma once
+
+#include "rows.h"
+
+namespace preact {
+
+// Mean and squared deviations of the values seen so far, a pair a channel, in double.
+// Chan, Golub, LeVeque 1983; each tile is summed around the mean of those before it, so that a mean
+// far from zero cancels nothing.
+struct Moments {
+  double count = 0;
+  double* mean;  // [C]
+  double* m2;    // [C]
+
+  void merge(double other_count, int64_t c, double other_mean, double other_m2) {
+    const double total = count + other_count;
+    const double delta = other_mean - mean[c];
+    mean[c] += delta * (other_count / total);
+    m2[c] += other_m2 + delta * delta * (count * other_count / total);
+  }
+};
+
+// Adds a tile x of `segments` runs of [rows, channels], `pitch` elements apart.
+template <typename S, typename A = Accumulator<S>>
+void add_tile(Moments& moments, const S* x, int64_t segments, int64_t rows, int64_t pitch,
+              int64_t channels) {
+  A* const shift = buffer<A>(Buffer::kVectors, 3 * channels);
+  A *const d1 = shift + channels, *const d2 = d1 + channels;
+  const double count = static_cast<double>(segments * rows);
+  std::fill_n(shift, 3 * channels, A(0));
+  if (moments.count == 0) {
+    for (int64_t i = 0; i < segments; ++i) sum_rows(x + i * pitch, rows, channels, shift);
+    for (int64_t c = 0; c < channels; ++c) shift[c] = static_cast<A>(shift[c] / count);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) shift[c] = static_cast<A>(moments.mean[c]);
+  }
+  for (int64_t i = 0; i < segments; ++i)
+    deviation_rows(x + i * pitch, rows, channels, shift, d1, d2);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double mean = d1[c] / count;
+    moments.merge(count, c, shift[c] + mean, std::max(0.0, d2[c] - d1[c] * mean));
+  }
+  moments.count += count;
+}
+
+// Moments for each part of the work, and their merger into stats [2, C].
+class PartialMoments {
+ public:
+  PartialMoments(int64_t parts, int64_t channels)
+      : channels_(channels), values_(2 * parts * channels), moments_(parts) {
+    for (int64_t i = 0; i < parts; ++i) {
+      moments_[i].mean = &values_[2 * i * channels];
+      moments_[i].m2 = moments_[i].mean + channels;
+    }
+  }
+
+  Moments& operator[](int64_t part) { return moments_[part]; }
+
+  template <typename A>
+  void finish(A* stats) {
+    Moments& total = moments_[0];
+    for (size_t i = 1; i < moments_.size(); ++i) {
+      const Moments& part = moments_[i];
+      for (int64_t c = 0; c < channels_; ++c)
+        total.merge(part.count, c, part.mean[c], part.m2[c]);
+      total.count += part.count;
+    }
+    for (int64_t c = 0; c < channels_; ++c) {
+      stats[c] = static_cast<A>(total.mean[c]);
+      stats[channels_ + c] = static_cast<A>(total.m2[c] / total.count);
+    }
+  }
+
+ private:
+  int64_t channels_;
+  std::vector<double> values_;
+  std::vector<Moments> moments_;
+};
+
+// S1 and S2 for each part of the work, and their sum.
+class PartialSums {
+ public:
+  PartialSums(int64_t parts, int64_t channels)
+      : channels_(channels), parts_(parts), values_(2 * parts * channels) {}
+
+  // Adds the sums [2, C] of a tile, and clears them for the next.
+  template <typename A>
+  void add(int64_t part, A* tile) {
+    double* const total = &values_[2 * part * channels_];
+    for (int64_t c = 0; c < 2 * channels_; ++c) {
+      total[c] += tile[c];
+      tile[c] = 0;
+    }
+  }
+
+  // sums [2, C]; the tiles' S2 lack their factor rstd.
+  template <typename A>
+  void finish(const A* rstd, A* sums) {
+    for (int64_t c = 0; c < 2 * channels_; ++c) {
+      double total = 0;
+      for (int64_t part = 0; part < parts_; ++part) total += values_[2 * part * channels_ + c];
+      sums[c] = static_cast<A>(c < channels_ ? total : total * rstd[c - channels_]);
+    }
+  }
+
+ private:
+  int64_t channels_, parts_;
+  std::vector<double> values_;
+};
+
+}  // namespace preact

@@ -1,0 +1,136 @@
+// What a kernel is asked for: plain structs and launcher prototypes, no torch header.
+//
+// Activations lie in memory as [N, H, W, C] (channels_last); C runs fastest. Statistics, affines,
+// sums and weight gradients are in the accumulator's type: double for double, else float.
+//   stats  [2, C]  mean, biased variance
+//   affine [4, C]  mean, rstd, scale = gamma * rstd, shift = beta
+//   sums   [2, C]  S1 = sum g, S2 = sum g * (u - mean) * rstd
+#pragma once
+
+#include <cstdint>
+
+namespace preact {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat64 };
+enum class Activation { kRelu, kSilu };
+
+struct ImageShape {
+  int64_t images, height, width, channels;
+
+  int64_t pixels() const { return images * height * width; }
+};
+
+struct ConvShape {
+  ImageShape input;       // N, H, W, C
+  ImageShape output;      // N, P, Q, K
+  int64_t kernel_height;  // R
+  int64_t kernel_width;   // S
+  int64_t stride_height, stride_width;
+  int64_t pad_top, pad_left;  // bottom and right follow from the output's size
+};
+
+// A convolution's weight as it lies in memory, whatever its strides (in elements).
+struct Weight {
+  const void* data;  // [K, C, R, S]
+  int64_t stride_k, stride_c, stride_r, stride_s;
+};
+
+// The gradient dy of a convolution's output. With `output`, grad is the g of the BatchNorm that
+// reads it, whose backward pass is finished on load:
+//   dy = scale * g - scale * rstd * S2 / M * (output - mean) - scale * S1 / M
+struct OutputGrad {
+  const void* grad;    // [N, P, Q, K]
+  const void* output;  // [N, P, Q, K] or null: dy = grad
+  const void* affine;  // [4, K]
+  const void* sums;    // [2, K] or null: frozen statistics, dy = scale * g
+};
+
+// C[m, n] (+)= A[m, k] B[k, n], all row-major, leading dimensions in elements.
+template <typename T>
+using Tile = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                      bool accumulate, const T* a, const T* b, T* c);
+
+void portable_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                   bool accumulate, const float* a, const float* b, float* c);
+void portable_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                   bool accumulate, const double* a, const double* b, double* c);
+
+// What the kernels need of the program that they run in.
+struct Runtime {
+  // body(i, context) for each i in [0, count), in any order, on any threads
+  void (*parallel_for)(int64_t count, void (*body)(int64_t, void*), void* context);
+  Tile<float> tile;
+};
+
+void bn_stats(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
+              const void* input,  // [N, H, W, C]
+              void* stats);       // [2, C]
+
+void bn_affine(Dtype accumulator, int64_t channels,
+               const void* stats,   // [2, C]
+               const void* weight,  // [C] or null: 1
+               const void* bias,    // [C] or null: 0
+               double eps,
+               void* affine);  // [4, C]
+
+void bn_relu_forward(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
+                     Activation activation,
+                     const void* input,   // [N, H, W, C]
+                     const void* affine,  // [4, C]
+                     void* output);       // [N, H, W, C]
+
+void bn_relu_backward(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
+                      Activation activation,
+                      const void* grad,    // [N, H, W, C]
+                      const void* input,   // [N, H, W, C]
+                      const void* affine,  // [4, C]
+                      void* g,             // [N, H, W, C]
+                      void* sums);         // [2, C] or null
+
+struct PreactConvForward {
+  Dtype dtype;
+  ConvShape shape;
+  Activation activation;
+  const void* input;     // [N, H, W, C]
+  const void* affine;    // [4, C] or null: h = input
+  Weight weight;         // [K, C, R, S]
+  const void* residual;  // [N, P, Q, K] or null
+  void* output;          // [N, P, Q, K]
+  void* stats;           // [2, K] or null
+};
+void preact_conv_forward(const Runtime& runtime, const PreactConvForward& op);
+
+struct PreactConvDgrad {
+  Dtype dtype;
+  ConvShape shape;
+  Activation activation;
+  OutputGrad grad;     // [N, P, Q, K]
+  Weight weight;       // [K, C, R, S]
+  const void* input;   // [N, H, W, C]
+  const void* affine;  // [4, C] or null: g = dh + addend
+  const void* addend;  // [N, H, W, C] or null
+  void* g;             // [N, H, W, C]
+  void* sums;          // [2, C] or null
+};
+void preact_conv_dgrad(const Runtime& runtime, const PreactConvDgrad& op);
+
+struct PreactConvWgrad {
+  Dtype dtype;
+  ConvShape shape;
+  Activation activation;
+  OutputGrad grad;     // [N, P, Q, K]
+  const void* input;   // [N, H, W, C]
+  const void* affine;  // [4, C] or null: h = input
+  void* dweight;       // [K, C, R, S], contiguous
+};
+void preact_conv_wgrad(const Runtime& runtime, const PreactConvWgrad& op);
+
+void residual_grad(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
+                   const void* grad,    // [N, H, W, C] or null
+                   const void* g,       // [N, H, W, C]
+                   const void* input,   // [N, H, W, C]
+                   const void* affine,  // [4, C]
+                   const void* sums,    // [2, C] or null: frozen statistics
+                   void* dinput);       // [N, H, W, C]
+
+}  // namespace preact

@@ -1,0 +1,43 @@
+// The extension module fused_preact._C. Importing it loads this library, whose static
+// initialisers register the operators; the module itself says how it was built and lets tests choose
+// the matrix tile.
+// In a file of its own, since pybind11's headers take longer to compile than everything else.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#include "runtime.h"
+
+namespace {
+
+#ifdef __clang__
+constexpr char kCompiler[] = "clang " __clang_version__;
+#else
+constexpr char kCompiler[] = "gcc " __VERSION__;
+#endif
+
+pybind11::dict build_info() {
+  constexpr unsigned long long target = TORCH_TARGET_VERSION;
+  pybind11::dict info;
+  info["compiler"] = kCompiler;
+  info["flags"] = PREACT_FLAGS;
+  info["cplusplus"] = static_cast<long>(__cplusplus);
+  info["torch_headers"] = TORCH_VERSION;
+  info["torch_target"] = std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff);
+  info["cuda"] = "not built: no CUDA kernels in this version";
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The operators of torch.ops.fused_preact: importing this module registers them.";
+  module.def("build_info", &build_info, "How this library was compiled, and against which torch.");
+  module.def("tile_providers", &preact::tile_providers,
+             "The matrix tiles that run here: 'portable', and 'brgemm' where torch lends its own.");
+  module.def("use_tile_provider", &preact::use_tile_provider, pybind11::arg("name"),
+             "Take one of tile_providers() for the rest of this process.");
+}

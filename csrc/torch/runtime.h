@@ -1,0 +1,21 @@
+// What the running torch lends the kernels: its threads and, where it has one, its matrix tile.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../preact.h"
+
+namespace preact {
+
+// The tile providers that run here: "portable" always, "brgemm" where this torch and processor
+// have it.
+std::vector<std::string> tile_providers();
+
+// Takes one of tile_providers() for every later call in this process.
+void use_tile_provider(const std::string& name);
+
+// By default brgemm where it is there.
+Runtime torch_runtime();
+
+}  // namespace preact

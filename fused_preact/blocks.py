@@ -1,0 +1,248 @@
+"""Residual units as modules: PreActBlock and PreActBottleneck.
+
+Their children are PyTorch's own layers, named as in the widely used CIFAR implementation, so that
+checkpoints load both ways. The fused functions read the children's tensors and settings at each
+forward, and nothing is cached. A child that somebody replaced, hooked or patched is called
+instead, and with it the whole unit runs child by child.
+"""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from . import functional
+from .functional import BatchNorm, Conv
+
+UNIT_KINDS = ("normal", "both_preact", "no_preact")
+
+_ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+
+
+class PreActUnit(nn.Module):
+    """What PreActBlock and PreActBottleneck share: convs, each behind BN and activation, + shortcut.
+
+    Its children are bn1, conv1, bn2, conv2, ... and shortcut, an nn.Sequential that holds a 1x1
+    convolution where the unit changes shape and is empty elsewhere.
+    """
+
+    expansion: ClassVar[int]  # channels of the output / planes
+    depth: ClassVar[int]  # convolutions in the branch
+
+    def __init__(
+        self,
+        convs: list[nn.Conv2d],
+        stride: int,
+        preact: str | None,
+        activation: str,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        in_planes, out_planes = convs[0].in_channels, convs[-1].out_channels
+        projects = stride != 1 or in_planes != out_planes
+        self.preact = preact or ("both_preact" if projects else "normal")
+        self.activation = activation
+        self.dropout = dropout
+        _check_choice("preact", self.preact, UNIT_KINDS)
+        _check_choice("activation", activation, tuple(_ACTIVATIONS))
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: expected a probability, got {dropout}")
+        for i, conv in enumerate(convs, 1):
+            reads_raw = i == 1 and self.preact == "no_preact"
+            self.register_module(f"bn{i}", None if reads_raw else nn.BatchNorm2d(conv.in_channels))
+            self.register_module(f"conv{i}", conv)
+        self.shortcut = nn.Sequential()
+        if projects:
+            self.shortcut.append(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_planes, H, W) to (N, planes * expansion, H', W'), H' = ceil(H / stride).
+
+        Raises ValueError for one value per channel in training, as nn.BatchNorm2d does.
+        """
+        bns = [getattr(self, f"bn{i + 1}") for i in range(self.depth)]
+        convs = [getattr(self, f"conv{i + 1}") for i in range(self.depth)]
+        if not self._is_plain(bns, convs):
+            return self._call_children(input, bns, convs)
+        return functional.preact_unit(
+            input,
+            [None if bn is None else _read_batch_norm(bn) for bn in bns],
+            [_read_conv(conv) for conv in convs],
+            shortcut="preact" if self.preact == "both_preact" else "input",
+            projection=_read_conv(self.shortcut[0]) if len(self.shortcut) else None,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"preact={self.preact!r}, activation={self.activation!r}, dropout={self.dropout}"
+
+    def _is_plain(self, bns: list[nn.Module | None], convs: list[nn.Module]) -> bool:
+        return (
+            not (self.dropout and self.training)
+            and _is_unchanged(self.shortcut, nn.Sequential)
+            and len(self.shortcut) <= 1
+            and all(bn is None or _is_unchanged(bn, nn.BatchNorm2d) for bn in bns)
+            and all(_is_plain_conv(conv) for conv in [*convs, *self.shortcut])
+        )
+
+    def _call_children(
+        self, input: Tensor, bns: list[nn.Module | None], convs: list[nn.Module]
+    ) -> Tensor:
+        activate = _ACTIVATIONS[self.activation]
+        u = input
+        for i, (bn, conv) in enumerate(zip(bns, convs, strict=True)):
+            h = u if bn is None else activate(bn(u))
+            if i == 0:
+                shortcut = self.shortcut(h if self.preact == "both_preact" else input)
+            if i == self.depth - 1:
+                h = F.dropout(h, self.dropout, self.training)
+            u = conv(h)
+        return u + shortcut
+
+
+class PreActBlock(PreActUnit):
+    """The basic unit: BN, activation, 3x3 convolution, twice, plus a shortcut.
+
+    in_planes   channels of the input.
+    planes      channels of both convolutions and of the output.
+    stride      of the first convolution and of the projection.
+    preact      what the shortcut reads. "normal": the raw input. "both_preact": the activated
+                input, which the branch reads too. "no_preact": there is no first BN, and branch
+                and shortcut read the input as it is. None: "both_preact" where the unit changes
+                shape, else "normal".
+    activation  "relu" or "silu".
+    dropout     probability, in training, before the last convolution.
+
+    Raises ValueError for a preact or activation that does not exist.
+
+    He et al. 2016, figure 4(e); the names of the unit kinds are those of fb.resnet.torch.
+    """
+
+    expansion = 1
+    depth = 2
+
+    def __init__(
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int = 1,
+        *,
+        preact: str | None = None,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        convs = [
+            nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False),
+            nn.Conv2d(planes, planes, 3, padding=1, bias=False),
+        ]
+        super().__init__(convs, stride, preact, activation, dropout)
+
+
+class PreActBottleneck(PreActUnit):
+    """The bottleneck unit: 1x1, 3x3 and 1x1 convolutions behind BN and activation, + shortcut.
+
+    in_planes   channels of the input.
+    planes      channels between the 1x1 convolutions; the output has 4 * planes.
+    stride      of the convolution stride_at and of the projection.
+    stride_at   "conv2", the 3x3 (ImageNet models); or "conv1" (the paper's CIFAR models).
+    preact, activation, dropout  as in PreActBlock.
+
+    Raises ValueError for a preact, stride_at or activation that does not exist.
+
+    He et al. 2016, figure 4(e) with the bottleneck of the deeper networks.
+    """
+
+    expansion = 4
+    depth = 3
+
+    def __init__(
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int = 1,
+        *,
+        preact: str | None = None,
+        stride_at: str = "conv2",
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        _check_choice("stride_at", stride_at, ("conv1", "conv2"))
+        stride1, stride2 = (stride, 1) if stride_at == "conv1" else (1, stride)
+        convs = [
+            nn.Conv2d(in_planes, planes, 1, stride1, bias=False),
+            nn.Conv2d(planes, planes, 3, stride2, padding=1, bias=False),
+            nn.Conv2d(planes, planes * self.expansion, 1, bias=False),
+        ]
+        super().__init__(convs, stride, preact, activation, dropout)
+
+
+def bn_activation(bn: nn.Module, input: Tensor, activation: str) -> Tensor:
+    """activation(bn(input)), fused where bn is a plain nn.BatchNorm2d; (N, C, H, W) both."""
+    if not _is_unchanged(bn, nn.BatchNorm2d):
+        return _ACTIVATIONS[activation](bn(input))
+    weight, bias, running_mean, running_var, training, momentum, eps = _read_batch_norm(bn)
+    return functional.bn_relu(
+        input,
+        bn_weight=weight,
+        bn_bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        activation=activation,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+    )
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    return (
+        _is_unchanged(conv, nn.Conv2d)
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling module does what kind.forward does, and nothing else."""
+    return (
+        (type(module) is kind or type_before_parametrizations(module) is kind)
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not _has_any_global_hook()
+    )
+
+
+def _read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
+    """What nn.BatchNorm2d.forward passes to batch_norm; counts the batch as it does."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # the average of all batches
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    uses_running = not bn.training or bn.track_running_stats
+    return BatchNorm(
+        bn.weight,
+        bn.bias,
+        bn.running_mean if uses_running else None,
+        bn.running_var if uses_running else None,
+        bn.training or (bn.running_mean is None and bn.running_var is None),
+        momentum,
+        bn.eps,
+    )
+
+
+def _read_conv(conv: nn.Conv2d) -> Conv:
+    rows, columns = conv.padding
+    padding = (rows, rows, columns, columns)
+    return Conv(conv.weight, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,220 @@
+"""The operators and the planner that chooses who runs them.
+
+Every backend is a namespace that holds the same eight functions, with the signatures of
+reference.py: bn_stats, bn_affine, bn_relu_forward, bn_relu_backward, preact_conv_forward,
+preact_conv_dgrad, preact_conv_wgrad, residual_grad.
+
+    reference   plain PyTorch, every device and dtype
+    cpu         torch.ops.fused_preact on CPU tensors: the C++ kernels of csrc/cpu
+
+plan() picks one for a whole unit, forward and backward. Two more names can be asked for: "auto",
+the planner's own choice, and "eager", PyTorch's layers under PyTorch's autograd (double backward,
+export).
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  registers torch.ops.fused_preact
+from . import reference
+
+BACKENDS = ("auto", "eager", "reference", "cpu", "cuda", "triton")
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_ENVIRONMENT = "FUSED_PREACT_BACKEND"
+
+
+def backend_status() -> dict[str, str | None]:
+    """For each backend None where it can run here, else the reason why not."""
+    return {
+        "auto": None,
+        "eager": None,
+        "reference": None,
+        "cpu": None,
+        "cuda": "this version has no CUDA kernels",
+        "triton": "this version has no Triton kernels",
+    }
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run everything inside the with statement on one backend; see BACKENDS.
+
+    A backward pass stays with the backend of its forward pass. What a backend cannot do (a dtype,
+    a grouped convolution) goes to "reference", with one warning. Holds for the whole process, so
+    that DataParallel's threads see it too.
+
+    Raises ValueError where there is no such backend, or none on this machine.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def current_backend() -> str:
+    """The name that backend() or FUSED_PREACT_BACKEND asked for, else "auto"."""
+    return _forced
+
+
+def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1) -> Any:
+    """The namespace of operators for a unit that reads input, under the current backend."""
+    name = _forced
+    if name == "auto":
+        name = "cpu" if input.device.type == "cpu" else "reference"
+    if name == "reference":
+        return reference
+    reason = _refusal(name, input, dilation, groups)
+    if reason is None:
+        return torch.ops.fused_preact
+    warn_once(f"backend {name!r} does not run {reason}; using 'reference'")
+    return reference
+
+
+def channels_last(input: Tensor) -> Tensor:
+    """input in channels_last memory, with one warning per process where that takes a copy."""
+    if not input.is_contiguous(memory_format=torch.channels_last):
+        warn_once(
+            "input is not in channels_last memory and is converted at each call; call "
+            "model.to(memory_format=torch.channels_last) and pass images in that format"
+        )
+        input = input.contiguous(memory_format=torch.channels_last)
+    return input
+
+
+def warn_once(message: str) -> None:
+    """Warn, once per process and message; silent while torch.compile traces."""
+    if torch.compiler.is_compiling() or message in _warned:
+        return
+    _warned.add(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def _refusal(name: str, input: Tensor, dilation: tuple[int, int], groups: int) -> str | None:
+    if input.device.type != name:
+        return f"{input.device.type} tensors"
+    if input.dtype not in _NATIVE_DTYPES:
+        return f"{input.dtype} on {input.device.type}"
+    if tuple(dilation) != (1, 1):
+        return "dilated convolutions"
+    if groups != 1:
+        return "grouped convolutions"
+    return None
+
+
+def _checked(name: str, source: str) -> str:
+    status = backend_status()
+    if name in status and status[name] is None:
+        return name
+    known = ", ".join(f"{k} ({reason})" if reason else k for k, reason in status.items())
+    problem = "is not available" if name in status else "is unknown"
+    raise ValueError(f"{source}: {name!r} {problem}; there are: {known}")
+
+
+_warned: set[str] = set()
+_forced = _checked(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT)
+
+
+# --- fake kernels: shapes, dtypes and strides for torch.compile ----------------------------------
+
+
+def _vectors(like: Tensor, rows: int, channels: int | torch.SymInt) -> Tensor:
+    return like.new_empty((rows, channels), dtype=reference.accumulator(like.dtype))
+
+
+def _activations(like: Tensor, shape: Any) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def output_size(
+    input_shape: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any
+) -> tuple[Any, Any]:
+    """Height and width of a convolution's output; padding is (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    height = input_shape[2] + top + bottom - dilation[0] * (kernel_size[0] - 1) - 1
+    width = input_shape[3] + left + right - dilation[1] * (kernel_size[1] - 1) - 1
+    return height // stride[0] + 1, width // stride[1] + 1
+
+
+@torch.library.register_fake("fused_preact::bn_stats")
+def _(input):
+    return _vectors(input, 2, input.shape[1])
+
+
+@torch.library.register_fake("fused_preact::bn_affine")
+def _(stats, weight, bias, eps):
+    return stats.new_empty((4, stats.shape[1]))
+
+
+@torch.library.register_fake("fused_preact::bn_relu_forward")
+def _(input, affine, activation):
+    return _activations(input, input.shape)
+
+
+@torch.library.register_fake("fused_preact::bn_relu_backward")
+def _(grad, input, affine, activation, with_sums):
+    return _activations(input, input.shape), _vectors(input, 2, input.shape[1] * with_sums)
+
+
+@torch.library.register_fake("fused_preact::preact_conv_forward")
+def _(
+    input, affine, weight, residual, stride, padding, dilation, groups, activation, with_stats
+):
+    size = output_size(input.shape, weight.shape[2:], stride, padding, dilation)
+    output = _activations(input, (input.shape[0], weight.shape[0], *size))
+    return output, _vectors(input, 2, weight.shape[0] if with_stats else 0)
+
+
+@torch.library.register_fake("fused_preact::preact_conv_dgrad")
+def _(
+    grad,
+    output,
+    output_affine,
+    output_sums,
+    weight,
+    input,
+    affine,
+    addend,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    with_sums,
+):
+    channels = 0 if affine is None or not with_sums else input.shape[1]
+    return _activations(input, input.shape), _vectors(input, 2, channels)
+
+
+@torch.library.register_fake("fused_preact::preact_conv_wgrad")
+def _(
+    grad,
+    output,
+    output_affine,
+    output_sums,
+    input,
+    affine,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+):
+    shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
+    return input.new_empty(shape, dtype=reference.accumulator(input.dtype))
+
+
+@torch.library.register_fake("fused_preact::residual_grad")
+def _(grad, g, input, affine, sums):
+    return _activations(input, input.shape)

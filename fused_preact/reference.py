@@ -1,0 +1,251 @@
+"""Every operator and unit in plain PyTorch: the definition that each backend is held against.
+
+The operators come first, with the signatures that all backends share; then the eager layers
+themselves, which PyTorch differentiates on its own and tests take (in float64) for the truth.
+
+What the operators hand each other, for an activation u of C channels and M = N*H*W values each:
+
+    stats   (2, C)  mean and biased variance of u
+    affine  (4, C)  mean, rstd = (var + eps)^-1/2, scale = gamma * rstd, shift = beta
+    sums    (2, C)  S1 = sum g (= dbeta), S2 = sum g * (u - mean) * rstd (= dgamma)
+
+all of them float32, or float64 where u is float64. He et al. 2016, arXiv:1603.05027.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# --- operators -----------------------------------------------------------------------------------
+
+
+def bn_stats(input: Tensor) -> Tensor:
+    """Mean and biased variance of each channel of input (N, C, H, W): (2, C)."""
+    var, mean = torch.var_mean(input.to(accumulator(input.dtype)), (0, 2, 3), correction=0)
+    return torch.stack((mean, var))
+
+
+def bn_affine(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """What BatchNorm applies, z = scale * (u - mean) + shift, from statistics (2, C): (4, C)."""
+    mean, var = stats
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd if weight is None else weight * rstd
+    shift = torch.zeros_like(mean) if bias is None else bias
+    return torch.stack((mean, rstd, scale, shift))
+
+
+def bn_relu_forward(input: Tensor, affine: Tensor, activation: str) -> Tensor:
+    """h = act(scale * (u - mean) + shift), in input's dtype."""
+    return _channels_last(_activate(_normalise(input, affine), activation).to(input.dtype))
+
+
+def bn_relu_backward(
+    grad: Tensor, input: Tensor, affine: Tensor, activation: str, with_sums: bool
+) -> tuple[Tensor, Tensor]:
+    """g = grad * act'(z) and its sums; residual_grad turns both into the gradient of input.
+
+    Without with_sums the second result is empty, (2, 0).
+    """
+    g = grad * _activation_slope(_normalise(input, affine), activation)
+    g = _channels_last(g.to(input.dtype))
+    return g, _sums(g, input, affine) if with_sums else _no_channels(input)
+
+
+def preact_conv_forward(
+    input: Tensor,
+    affine: Tensor | None,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = conv(h, weight) + residual and the statistics of y, h = bn_relu_forward(input).
+
+    padding is (top, bottom, left, right) and zero in h. Without affine, h is input itself.
+    Without with_stats the second result is empty, (2, 0).
+    """
+    h = input if affine is None else bn_relu_forward(input, affine, activation)
+    with torch.autocast(input.device.type, enabled=False):
+        output = conv2d(h, weight, stride, padding, dilation, groups)
+    if residual is not None:
+        output = output + residual
+    output = _channels_last(output)
+    return output, bn_stats(output) if with_stats else _no_channels(input)
+
+
+def preact_conv_dgrad(
+    grad: Tensor,
+    output: Tensor | None,
+    output_affine: Tensor | None,
+    output_sums: Tensor | None,
+    weight: Tensor,
+    input: Tensor,
+    affine: Tensor | None,
+    addend: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    with_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """g = (dgrad(dy, weight) + addend) * act'(z) and its sums.
+
+    grad is dy itself; or, where output is given, the g of the BatchNorm that reads this
+    convolution's output: its backward pass is finished here, dy = residual_grad(None, grad,
+    output, output_affine, output_sums). Without affine, g = dgrad(dy, weight) + addend. Without
+    affine or with_sums the second result is empty, (2, 0).
+    """
+    dy = _output_grad(grad, output, output_affine, output_sums)
+    top, bottom, left, right = padding
+    n, c, height, width = input.shape
+    padded = (n, c, height + top + bottom, width + left + right)
+    with torch.autocast(input.device.type, enabled=False):
+        dh = torch.nn.grad.conv2d_input(padded, weight, dy, stride, 0, dilation, groups)
+    dh = dh[:, :, top : top + height, left : left + width]
+    if addend is not None:
+        dh = dh + addend
+    if affine is None:
+        return _channels_last(dh), _no_channels(input)
+    return bn_relu_backward(dh, input, affine, activation, with_sums)
+
+
+def preact_conv_wgrad(
+    grad: Tensor,
+    output: Tensor | None,
+    output_affine: Tensor | None,
+    output_sums: Tensor | None,
+    input: Tensor,
+    affine: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """dW = wgrad(h, dy), (K, C / groups, R, S) in the accumulator's dtype; h is computed again.
+
+    grad, output, output_affine and output_sums as in preact_conv_dgrad.
+    """
+    dy = _output_grad(grad, output, output_affine, output_sums)
+    h = input if affine is None else bn_relu_forward(input, affine, activation)
+    top, bottom, left, right = padding
+    shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
+    acc = accumulator(input.dtype)
+    h = F.pad(h, (left, right, top, bottom))
+    with torch.autocast(input.device.type, enabled=False):
+        return torch.nn.grad.conv2d_weight(
+            h.to(acc), shape, dy.to(acc), stride, 0, dilation, groups
+        ).contiguous()
+
+
+def residual_grad(
+    grad: Tensor | None, g: Tensor, input: Tensor, affine: Tensor, sums: Tensor | None
+) -> Tensor:
+    """du = grad + scale * g + B * (u - mean) + C, the end of BatchNorm's backward pass.
+
+    B = -scale * rstd * S2 / M and C = -scale * S1 / M; both zero without sums, that is with
+    frozen statistics. Without grad the first term is missing.
+    """
+    acc = accumulator(input.dtype)
+    mean, rstd, scale, _ = (_per_channel(row) for row in affine)
+    du = scale * g.to(acc)
+    if sums is not None:
+        s1, s2 = (_per_channel(row) for row in sums / (input.numel() // input.shape[1]))
+        du = du - scale * rstd * s2 * (input.to(acc) - mean) - scale * s1
+    if grad is not None:
+        du = du + grad
+    return _channels_last(du.to(input.dtype))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, reductions and weight gradients for activations of dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _output_grad(
+    grad: Tensor, output: Tensor | None, affine: Tensor | None, sums: Tensor | None
+) -> Tensor:
+    if output is None:
+        return grad
+    assert affine is not None
+    return residual_grad(None, grad, output, affine, sums)
+
+
+def _normalise(input: Tensor, affine: Tensor) -> Tensor:
+    mean, _, scale, shift = (_per_channel(row) for row in affine)
+    return scale * (input.to(accumulator(input.dtype)) - mean) + shift
+
+
+def _activate(z: Tensor, activation: str) -> Tensor:
+    return F.relu(z) if activation == "relu" else F.silu(z)
+
+
+def _activation_slope(z: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _sums(g: Tensor, input: Tensor, affine: Tensor) -> Tensor:
+    acc = accumulator(input.dtype)
+    mean, rstd = _per_channel(affine[0]), affine[1]
+    g = g.to(acc)
+    s1 = g.sum((0, 2, 3))
+    s2 = (g * (input.to(acc) - mean)).sum((0, 2, 3)) * rstd
+    return torch.stack((s1, s2))
+
+
+def _per_channel(row: Tensor) -> Tensor:
+    return row.view(1, -1, 1, 1)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _no_channels(input: Tensor) -> Tensor:
+    return input.new_empty((2, 0), dtype=accumulator(input.dtype))
+
+
+# --- the eager layers ----------------------------------------------------------------------------
+
+
+def bn_relu(
+    input: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    activation: str,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """activation(batch_norm(input)) by PyTorch's own layers."""
+    z = F.batch_norm(
+        input, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
+    )
+    return F.relu(z) if activation == "relu" else F.silu(z)
+
+
+def conv2d(
+    h: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """conv2d(h, weight) by PyTorch's own layer; padding is (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return F.conv2d(h, weight, None, stride, (top, left), dilation, groups)
+    h = F.pad(h, (left, right, top, bottom))
+    return F.conv2d(h, weight, None, stride, 0, dilation, groups)
