@@ -21,6 +21,9 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   const int64_t p = shape.output.height, q = shape.output.width;
   const int64_t r = shape.kernel_height, s = shape.kernel_width, run_length = s * c;
   const int64_t size = r * k * run_length;
+  // One operand of the product is transposed: dy, or of a 1x1 convolution the narrower one.
+  const bool transposes_h = r == 1 && s == 1 && c < k;
+  const int64_t product_rows = transposes_h ? c : k, product_columns = transposes_h ? k : run_length;
   const A* const affine = static_cast<const A*>(op.affine);
 
   std::vector<A> coefficients;
@@ -35,22 +38,26 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   const int64_t most_parts = std::clamp<int64_t>(
       kPartialBytes / (size * static_cast<int64_t>(sizeof(A))), kFewestParts, kMostWgradParts);
   const Bands bands(shape.output, kCacheBytes / row_bytes, most_parts);
-  A* const partial = buffer<A>(Buffer::kWeight, bands.parts.parts * size);  // [parts][R, K, S * C]
+  // [parts][R, product_rows, product_columns]
+  A* const partial = buffer<A>(Buffer::kWeight, bands.parts.parts * size);
 
   // With stride 1 a band is one product: dy is laid out as wide as the window, zero at the right.
   const bool joined = window.step_height == 1 && window.step_width == 1;
   const int64_t pitch = joined ? window.width : q;  // of dy's rows
+  // of a channel's pixels; an odd number of cache lines, so that channels fall into different sets
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(A));
+  const int64_t ld = (ceil_div(bands.rows_per_band * pitch, line) | 1) * line;
   const Tile<A> tile = tile_of(runtime, A{});
 
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
     const int64_t most_rows = bands.rows_per_band;
     A* const h = buffer<A>(Buffer::kSource, window.rows(shape, most_rows) * window.width * c);
     A* const dy = buffer<A>(Buffer::kGrad, most_rows * q * k);
-    A* const transposed = buffer<A>(Buffer::kTransposed, most_rows * pitch * k);  // [K, rows, pitch]
+    A* const transposed = buffer<A>(Buffer::kTransposed, ld * product_rows);  // pixels last
     A* const dweight = partial + part * size;
     for (int64_t band = bands.parts.begin(part); band < bands.parts.end(part); ++band) {
       const int64_t image = bands.image(band), first = bands.first_row(band);
-      const int64_t rows = bands.end_row(band) - first, ld = rows * pitch;
+      const int64_t rows = bands.end_row(band) - first;
       const S* const u =
           static_cast<const S*>(op.input) + image * shape.input.height * shape.input.width * c;
       window.fill(shape, u, first, rows, affine, op.activation, h);
@@ -60,7 +67,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
                        op.grad.output ? static_cast<const S*>(op.grad.output) + offset : nullptr,
                        rows * q, k, coefficients.data(), dy);
       if (pitch == q) {
-        transpose(dy, rows * q, k, ld, transposed);
+        transpose(transposes_h ? h : dy, rows * q, product_rows, ld, transposed);
       } else {
         std::fill_n(transposed, ld * k, A(0));
         for (int64_t row = 0; row < rows; ++row)
@@ -68,29 +75,34 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
       }
 
       const int64_t calls = joined ? 1 : rows, pixels = joined ? (rows - 1) * pitch + q : q;
+      const A* const right = transposes_h ? dy : h;
+      const int64_t ld_right = transposes_h ? k : window.step_width * c;
       for (int64_t tap = 0; tap < r; ++tap)
-        for (int64_t column = 0; column < run_length; column += kProductColumns)
+        for (int64_t column = 0; column < product_columns; column += kProductColumns)
           for (int64_t row = 0; row < calls; ++row) {
             const int64_t source = (row * window.step_height + tap) * window.width * c + column;
             const bool accumulate = band > bands.parts.begin(part) || row > 0;
-            tile(k, std::min(kProductColumns, run_length - column), pixels, ld,
-                 window.step_width * c, run_length, accumulate, transposed + row * pitch,
-                 h + source, dweight + tap * k * run_length + column);
+            tile(product_rows, std::min(kProductColumns, product_columns - column), pixels, ld,
+                 ld_right, product_columns, accumulate, transposed + row * pitch, right + source,
+                 dweight + tap * k * run_length + column);
           }
     }
   });
 
-  const Parts outputs(k, kMostParts);
-  parallel_for(runtime, outputs.parts, [&](int64_t part) {
-    for (int64_t i = outputs.begin(part); i < outputs.end(part); ++i)
-      for (int64_t tap = 0; tap < r; ++tap)
-        for (int64_t column = 0; column < run_length; ++column) {
-          A sum = 0;
-          for (int64_t j = 0; j < bands.parts.parts; ++j)
-            sum += partial[j * size + (tap * k + i) * run_length + column];
-          const int64_t channel = column % c, across = column / c;
-          static_cast<A*>(op.dweight)[((i * c + channel) * r + tap) * s + across] = sum;
-        }
+  // the parts' sum, in order, into the first; then each value to its place in dW
+  const Parts chunks(ceil_div(size, kProductColumns), kMostParts);
+  parallel_for(runtime, chunks.parts, [&](int64_t chunk) {
+    const int64_t begin = chunks.begin(chunk) * kProductColumns;
+    const int64_t end = std::min(size, chunks.end(chunk) * kProductColumns);
+    for (int64_t j = 1; j < bands.parts.parts; ++j)
+      sum_rows(partial + j * size + begin, 1, end - begin, partial + begin);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i % product_columns, row = i / product_columns % product_rows;
+      const int64_t tap = i / (product_columns * product_rows);
+      const int64_t output = transposes_h ? column : row, source = transposes_h ? row : column;
+      const int64_t place = ((output * c + source % c) * r + tap) * s + source / c;
+      static_cast<A*>(op.dweight)[place] = partial[i];
+    }
   });
 }
 

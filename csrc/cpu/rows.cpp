@@ -181,15 +181,37 @@ PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t 
   }
 }
 
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+PREACT_INLINE void transpose_square(const float* in, int64_t ld_in, int64_t ld_out, float* out) {
+  Four row[4];
+  for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Four*>(in + i * ld_in);
+  const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Four high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Four column[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+                          __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                          __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+                          __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) *reinterpret_cast<Four*>(out + i * ld_out) = column[i];
+}
+
+PREACT_INLINE void transpose_square(const double* in, int64_t ld_in, int64_t ld_out, double* out) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) out[j * ld_out + i] = in[i * ld_in + j];
+}
+
 template <typename A>
-PREACT_INLINE void transpose_blocks(const A* in, int64_t rows, int64_t columns, int64_t ld_out,
-                                    A* out) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t c0 = 0; c0 < columns; c0 += kBlock) {
-    const int64_t c1 = std::min(columns, c0 + kBlock);
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = c0; c < c1; ++c) out[c * ld_out + row] = in[row * columns + c];
-  }
+PREACT_INLINE void transpose_squares(const A* in, int64_t rows, int64_t columns, int64_t ld_out,
+                                     A* out) {
+  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  for (int64_t column = 0; column < whole_columns; column += 4)
+    for (int64_t row = 0; row < whole_rows; row += 4)
+      transpose_square(in + row * columns + column, columns, ld_out, out + column * ld_out + row);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = row < whole_rows ? whole_columns : 0; column < columns; ++column)
+      out[column * ld_out + row] = in[row * columns + column];
 }
 
 }  // namespace
@@ -244,11 +266,11 @@ PREACT_ROWS(double, double)
 
 PREACT_CLONES void transpose(const float* in, int64_t rows, int64_t columns, int64_t ld_out,
                              float* out) {
-  transpose_blocks(in, rows, columns, ld_out, out);
+  transpose_squares(in, rows, columns, ld_out, out);
 }
 PREACT_CLONES void transpose(const double* in, int64_t rows, int64_t columns, int64_t ld_out,
                              double* out) {
-  transpose_blocks(in, rows, columns, ld_out, out);
+  transpose_squares(in, rows, columns, ld_out, out);
 }
 
 }  // namespace preact
