@@ -6,7 +6,7 @@ forward, and nothing is cached. A child that somebody replaced, hooked or patche
 instead, and with it the whole unit runs child by child.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from .functional import BatchNorm, Conv
 
 UNIT_KINDS = ("normal", "both_preact", "no_preact")
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 _ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 
 
 class PreActUnit(nn.Module):
-    """What PreActBlock and PreActBottleneck share: convs, each behind BN and activation, + shortcut.
+    """What PreActBlock and PreActBottleneck share: convolutions behind BN and activation, shortcut.
 
     Its children are bn1, conv1, bn2, conv2, ... and shortcut, an nn.Sequential that holds a 1x1
     convolution where the unit changes shape and is empty elsewhere.
@@ -180,20 +182,20 @@ class PreActBottleneck(PreActUnit):
 
 def bn_activation(bn: nn.Module, input: Tensor, activation: str) -> Tensor:
     """activation(bn(input)), fused where bn is a plain nn.BatchNorm2d; (N, C, H, W) both."""
-    if not _is_unchanged(bn, nn.BatchNorm2d):
-        return _ACTIVATIONS[activation](bn(input))
-    weight, bias, running_mean, running_var, training, momentum, eps = _read_batch_norm(bn)
-    return functional.bn_relu(
-        input,
-        bn_weight=weight,
-        bn_bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        activation=activation,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-    )
+    if _is_unchanged(bn, nn.BatchNorm2d):
+        weight, bias, running_mean, running_var, training, momentum, eps = _read_batch_norm(bn)
+        return functional.bn_relu(
+            input,
+            bn_weight=weight,
+            bn_bias=bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            activation=activation,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+        )
+    return _ACTIVATIONS[activation](bn(input))
 
 
 def _is_plain_conv(conv: nn.Module) -> bool:
@@ -205,7 +207,7 @@ def _is_plain_conv(conv: nn.Module) -> bool:
     )
 
 
-def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Whether calling module does what kind.forward does, and nothing else."""
     return (
         (type(module) is kind or type_before_parametrizations(module) is kind)
@@ -237,7 +239,8 @@ def _read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
     )
 
 
-def _read_conv(conv: nn.Conv2d) -> Conv:
+def _read_conv(conv: Any) -> Conv:
+    """The settings of a plain nn.Conv2d."""
     rows, columns = conv.padding
     padding = (rows, rows, columns, columns)
     return Conv(conv.weight, conv.stride, padding, conv.dilation, conv.groups)

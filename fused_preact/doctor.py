@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints versions, compiler, instruction sets and backends; 1 where no kernel can run."""
     import torch
 
-    from . import ops
+    from . import _C, ops
 
     built = build_info()
     status = ops.backend_status()
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         "built with": f"torch {built['torch_headers']}, for {built['torch_target']} and later",
         "built CUDA": built["cuda"],
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "matrix tiles": ", ".join(_C.tile_providers()),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     for name, value in rows.items():

@@ -115,7 +115,8 @@ def bn_relu(
     input = ops.channels_last(input)
     stats = _input_statistics(operators, input, bn)
     config = _BnReluConfig(operators, activation, bn.training, bn.eps)
-    output = _BnRelu.apply(input, config, stats, bn.weight, bn.bias)
+    parameters = _with_grad_fn(bn.weight), _with_grad_fn(bn.bias)
+    output = _BnRelu.apply(_with_grad_fn(input), config, stats, *parameters)
     _update_running(bn, stats, _values_per_channel(input.shape))
     return output
 
@@ -184,16 +185,16 @@ def preact_unit(
         ]
     if residual is not None:
         residual = ops.channels_last(residual.to(dtype))
+    tensors.append(None if projection is None else projection.weight)
+    *tensors, projection_weight = map(_with_grad_fn, tensors)
     output, *stats = _PreActUnit.apply(
-        input, residual, config, None if projection is None else projection.weight, *tensors
+        _with_grad_fn(input), _with_grad_fn(residual), config, projection_weight, *tensors
     )
-    if first is not None and first.training:
-        _update_running(first, given[0], _values_per_channel(input.shape))
-    shape = input.shape
-    for bn, conv, batch_stats in zip(bns[1:], convs, stats, strict=False):
-        shape = _conv_shape(shape, conv)
-        if bn is not None and bn.training:
+    shape: Sequence[int] = input.shape
+    for bn, conv, batch_stats in zip(bns, convs, [given[0], *stats], strict=False):
+        if bn is not None:
             _update_running(bn, batch_stats, _values_per_channel(shape))
+        shape = _conv_shape(shape, conv)
     if config.hands_on:
         _hand_on(output, stats[-1])
     return output
@@ -257,7 +258,7 @@ class _PreActUnit(Function):
     def backward(ctx, dy, *_):
         config = ctx.config
         op, n = config.operators, len(config.eps)
-        needs_input, needs_residual, _, needs_projection, *needs = ctx.needs_input_grad
+        needs_input, needs_residual, _, needs_projection, *needs = _needs_input_grad(ctx)
         if dy is None:
             return (None,) * (4 + 4 * n)
         dy = dy.contiguous(memory_format=torch.channels_last)
@@ -373,7 +374,7 @@ class _BnRelu(Function):
         config = ctx.config
         op = config.operators
         input, affine = ctx.saved_tensors
-        needs_input, _, _, needs_gamma, needs_beta = ctx.needs_input_grad
+        needs_input, _, _, needs_gamma, needs_beta = _needs_input_grad(ctx)
         dh = dh.contiguous(memory_format=torch.channels_last)
         with_sums = config.batch_stats or needs_gamma or needs_beta
         g, sums = op.bn_relu_backward(dh, input, affine, config.activation, with_sums)
@@ -382,6 +383,26 @@ class _BnRelu(Function):
             dx = op.residual_grad(None, g, input, affine, sums if config.batch_stats else None)
         dgamma, dbeta = sums[1] if needs_gamma else None, sums[0] if needs_beta else None
         return _once(dx, None, None, dgamma, dbeta)
+
+
+def _with_grad_fn(tensor: Tensor | None) -> Tensor | None:
+    """A leaf that requires a gradient as a view of itself; anything else as it is."""
+    if tensor is None or not (tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()):
+        return tensor
+    return tensor.view_as(tensor)
+
+
+def _needs_input_grad(ctx: Any) -> tuple[bool, ...]:
+    """ctx.needs_input_grad, less what torch.autograd.grad(outputs, inputs) does not ask for.
+
+    The engine tells for a tensor that has a grad_fn, not for a leaf: see _with_grad_fn.
+    """
+    if torch.compiler.is_compiling():
+        return ctx.needs_input_grad
+    nodes = (node for node, _ in ctx.next_functions if node is not None)
+    return tuple(
+        needs and torch._C._will_engine_execute_node(next(nodes)) for needs in ctx.needs_input_grad
+    )
 
 
 class _Once(Function):
@@ -441,9 +462,10 @@ def _running_statistics(dtype: torch.dtype, bn: BatchNorm) -> Tensor:
 
 
 @torch.no_grad()
-def _update_running(bn: BatchNorm, stats: Tensor, count: int) -> None:
+def _update_running(bn: BatchNorm, stats: Tensor | None, count: int) -> None:
     if not bn.training or bn.running_mean is None or bn.running_var is None:
         return
+    assert stats is not None
     mean, var = stats.to(bn.running_mean.dtype)
     bn.running_mean.lerp_(mean, bn.momentum)
     bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
@@ -568,7 +590,15 @@ def _check_conv(conv: Conv, shape: Sequence[int], name: str) -> None:
         )
 
 
-def _check_unit(input, bns, convs, shortcut, projection, activation, residual) -> None:
+def _check_unit(
+    input: Tensor,
+    bns: Sequence[BatchNorm | None],
+    convs: Sequence[Conv],
+    shortcut: str | None,
+    projection: Conv | None,
+    activation: str,
+    residual: Tensor | None,
+) -> None:
     _check_input(input)
     _check_activation(activation)
     if shortcut not in (None, "input", "preact"):
@@ -587,7 +617,8 @@ def _check_unit(input, bns, convs, shortcut, projection, activation, residual) -
             _check_batch(bn, shape)
         _check_conv(conv, shape, "weight" if single else f"convs[{i}].weight")
         shape = _conv_shape(shape, conv)
-    added, name = residual.shape if residual is not None else None, "residual"
+    added: Sequence[int] | None = None if residual is None else residual.shape
+    name = "residual"
     if shortcut is not None:
         added, name = input.shape, "shortcut"
         if projection is not None:

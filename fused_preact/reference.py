@@ -14,6 +14,7 @@ all of them float32, or float64 where u is float64. He et al. 2016, arXiv:1603.0
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad as grad_of
 from torch import Tensor
 
 # --- operators -----------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def preact_conv_dgrad(
     n, c, height, width = input.shape
     padded = (n, c, height + top + bottom, width + left + right)
     with torch.autocast(input.device.type, enabled=False):
-        dh = torch.nn.grad.conv2d_input(padded, weight, dy, stride, 0, dilation, groups)
+        dh = grad_of.conv2d_input(padded, weight, dy, stride, 0, dilation, groups)
     dh = dh[:, :, top : top + height, left : left + width]
     if addend is not None:
         dh = dh + addend
@@ -139,7 +140,7 @@ def preact_conv_wgrad(
     acc = accumulator(input.dtype)
     h = F.pad(h, (left, right, top, bottom))
     with torch.autocast(input.device.type, enabled=False):
-        return torch.nn.grad.conv2d_weight(
+        return grad_of.conv2d_weight(
             h.to(acc), shape, dy.to(acc), stride, 0, dilation, groups
         ).contiguous()
 

@@ -1,7 +1,7 @@
 """Pre-activation ResNets of the paper, and their CIFAR, ImageNet and wide relatives."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class PreActResNet(nn.Module):
             options["stride_at"] = stride_at
         if stem == "imagenet" and first_unit is None:
             first_unit = "no_preact"
+        make_unit: Callable[..., nn.Module] = block
         planes = stem_width or widths[0]
         self.stem = stem
         self.stages = len(widths)
@@ -90,7 +91,7 @@ class PreActResNet(nn.Module):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 preact = first_unit if stage == 0 and i == 0 else None
-                units.append(block(planes, width, stride, preact=preact, **options))
+                units.append(make_unit(planes, width, stride, preact=preact, **options))
                 planes = width * block.expansion
             self.add_module(f"layer{stage + 1}", units)
         self.bn = nn.BatchNorm2d(planes) if final_bn else None
@@ -179,12 +180,9 @@ def preact_resnet_cifar(
 
     Raises ValueError for a depth that does not fit.
     """
-    if block is None:
-        blocks = [PreActBlock, PreActBottleneck]
-        if depth >= 164:
-            blocks.reverse()
-    else:
-        blocks = [block]
+    blocks: list[type[PreActUnit]] = [PreActBlock, PreActBottleneck] if block is None else [block]
+    if depth >= 164:
+        blocks.reverse()
     for block in blocks:
         count, rest = divmod(depth - 2, 3 * block.depth)
         if count >= 1 and rest == 0:

@@ -1,11 +1,14 @@
 """What every test runs under: a seed, two threads, and memory poisoned with NaN."""
 
+import os
+from contextlib import contextmanager
+
 import hypothesis
 import pytest
 import torch
 
 import fused_preact
-from fused_preact import _C
+from fused_preact import _C, ops
 
 # Few and always the same examples; `--hypothesis-profile=thorough` looks further.
 _common = {
@@ -17,6 +20,9 @@ hypothesis.settings.register_profile("thorough", max_examples=500, **_common)
 hypothesis.settings.load_profile("ci")
 
 BACKENDS = ("reference", *(f"cpu-{tiles}" for tiles in _C.tile_providers()))
+OPERATORS = _C.tile_providers()
+if os.environ.get("TRITON_INTERPRET") == "1":  # a run for the Triton kernels alone
+    BACKENDS = OPERATORS = ("triton",)
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +40,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill what is allocated and not yet written with NaN, also where the C++ library allocates:
-
-    its outputs come from aten::empty like everybody's.
-    """
+    """What is allocated and not yet written holds NaN; aten::empty fills it, for C++ as well."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     yield
@@ -46,14 +49,34 @@ def poisoned_memory():
 
 @pytest.fixture(params=BACKENDS)
 def backend_name(request):
-    """Runs the test on each backend, and "cpu" on each of its matrix-tile providers.
-
-    Yields the backend's name.
-    """
+    """The test runs on each backend, on "cpu" with each provider of its matrix tiles."""
     name, _, tiles = request.param.partition("-")
-    if tiles:
-        _C.use_tile_provider(tiles)
-    with fused_preact.backend(name):
+    _skip_float64(name, request)
+    with fused_preact.backend(name), _tiles_by(tiles):
         yield name
-    if tiles:
+
+
+@pytest.fixture(params=OPERATORS)
+def operators(request):
+    """The registered operators, with each provider of the CPU's matrix tiles."""
+    _skip_float64(request.param, request)
+    if request.param == "triton":
+        with fused_preact.backend("triton"):
+            yield ops.plan(torch.empty(1, 1, 1, 1))
+        return
+    with _tiles_by(request.param):
+        yield torch.ops.fused_preact
+
+
+def _skip_float64(backend, request):
+    if backend == "triton" and request.node.callspec.params.get("dtype") == torch.float64:
+        pytest.skip("the Triton kernels have no float64")
+
+
+@contextmanager
+def _tiles_by(provider):
+    if provider:
+        _C.use_tile_provider(provider)
+    yield
+    if provider:
         _C.use_tile_provider(_C.tile_providers()[0])

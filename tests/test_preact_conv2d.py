@@ -264,7 +264,7 @@ def test_grouped_and_dilated(options, backend_name):
     case = _small()
     (conv,) = case.convs
     weight = conv.weight[:, :: options.get("groups", 1)].contiguous()
-    case.convs = [conv._replace(weight=weight, **options)]
+    case.convs, case.residual = [conv._replace(weight=weight, **options)], None
     shape = eager(case.to(torch.float64)).shape
     case.residual, case.grad_output = torch.randn(shape), torch.randn(shape)
     assert_rule(case, torch.float32)

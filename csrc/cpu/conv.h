@@ -6,18 +6,17 @@
 
 namespace preact {
 
-constexpr int64_t kColumnBlock = 64;     // columns of a packed weight block, and of a tile call
+constexpr int64_t kColumnBlock = 64;       // columns of a packed weight block, and of a tile call
 constexpr int64_t kTileBytes = 64 * 1024;  // of accumulators that stay in cache for the epilogue
-constexpr int64_t kFewestBands = 32;     // so that every thread gets some, where the work allows
-constexpr int64_t kFewestPixels = 32;    // of a band
+constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
+constexpr int64_t kFewestPixels = 32;      // of a band
 
 // A 1x1 convolution that moves no pixel works on [pixels, C], whatever the images.
 inline ConvShape flattened(ConvShape shape) {
-  const bool pointwise = shape.kernel_height == 1 && shape.kernel_width == 1 &&
-                         shape.stride_height == 1 && shape.stride_width == 1 &&
-                         shape.input.height == shape.output.height &&
-                         shape.input.width == shape.output.width && shape.pad_top == 0 &&
-                         shape.pad_left == 0;
+  const bool pointwise =
+      shape.kernel_height == 1 && shape.kernel_width == 1 && shape.stride_height == 1 &&
+      shape.stride_width == 1 && shape.input.height == shape.output.height &&
+      shape.input.width == shape.output.width && shape.pad_top == 0 && shape.pad_left == 0;
   if (pointwise) {
     shape.input = {1, shape.input.pixels(), 1, shape.input.channels};
     shape.output = {1, shape.output.pixels(), 1, shape.output.channels};
@@ -83,8 +82,8 @@ struct Window {
     }
     // columns of the window that lie inside the image
     const int64_t begin = std::min(width, ceil_div(shape.pad_left, gather_width));
-    const int64_t end = std::clamp<int64_t>(
-        ceil_div(columns + shape.pad_left, gather_width), begin, width);
+    const int64_t end =
+        std::clamp<int64_t>(ceil_div(columns + shape.pad_left, gather_width), begin, width);
     for (int64_t i = 0; i < count; ++i, h += width * channels) {
       const int64_t y = top + i * gather_height;
       if (y < 0 || y >= height || begin == end) {

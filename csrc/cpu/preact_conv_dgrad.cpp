@@ -12,10 +12,10 @@ namespace {
 
 // Along one axis, input pixel x = stride * i + phase - pad gets dy[i - t] W[phase + stride * t].
 struct Phase {
-  int64_t taps;        // how many t
-  int64_t first_x;     // the first pixel of this phase
-  int64_t first_i;     // its i
-  int64_t pixels;      // how many there are
+  int64_t taps;     // how many t
+  int64_t first_x;  // the first pixel of this phase
+  int64_t first_i;  // its i
+  int64_t pixels;   // how many there are
 
   Phase(int64_t phase, int64_t kernel, int64_t stride, int64_t pad, int64_t size)
       : taps(phase < kernel ? (kernel - 1 - phase) / stride + 1 : 0),
@@ -77,7 +77,8 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
                      pixels, k, coefficients.data(), dy);
   };
 
-  const int64_t row_bytes = std::max<int64_t>(source_width, 1) * k * static_cast<int64_t>(sizeof(A));
+  const int64_t row_bytes =
+      std::max<int64_t>(source_width, 1) * k * static_cast<int64_t>(sizeof(A));
   const Bands bands(shape.input, kCacheBytes * stride_h / row_bytes, kMostParts);
   const bool joined = stride_h == 1 && stride_w == 1 && source_width == width;
   const int64_t tile_rows = std::clamp<int64_t>(

@@ -23,7 +23,8 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   const int64_t size = r * k * run_length;
   // One operand of the product is transposed: dy, or of a 1x1 convolution the narrower one.
   const bool transposes_h = r == 1 && s == 1 && c < k;
-  const int64_t product_rows = transposes_h ? c : k, product_columns = transposes_h ? k : run_length;
+  const int64_t product_rows = transposes_h ? c : k,
+                product_columns = transposes_h ? k : run_length;
   const A* const affine = static_cast<const A*>(op.affine);
 
   std::vector<A> coefficients;
@@ -33,8 +34,8 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
                       shape.output.pixels(), coefficients.data());
   }
 
-  const int64_t row_bytes = std::max(window.width * c * window.step_height, q * k) *
-                            static_cast<int64_t>(sizeof(A));
+  const int64_t row_bytes =
+      std::max(window.width * c * window.step_height, q * k) * static_cast<int64_t>(sizeof(A));
   const int64_t most_parts = std::clamp<int64_t>(
       kPartialBytes / (size * static_cast<int64_t>(sizeof(A))), kFewestParts, kMostWgradParts);
   const Bands bands(shape.output, kCacheBytes / row_bytes, most_parts);

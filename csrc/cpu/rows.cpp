@@ -1,6 +1,8 @@
 // The vector loops: prologues and epilogues on rows of pixels, [rows, channels] contiguous.
 #include "rows.h"
 
+#include <limits>
+
 namespace preact {
 namespace {
 
@@ -10,32 +12,35 @@ template <>
 struct ExpConstants<float> {
   using Bits = uint32_t;
   static constexpr float kShift = 0x1.8p23f;  // adding it leaves a rounded integer in the low bits
-  static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f, kMost = 87.0f;
+  static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr float kLeast = -87.0f, kMost = 88.72f;  // e^x is a normal number in between
   static constexpr int kMantissa = 23, kTerms = 7;
 };
 template <>
 struct ExpConstants<double> {
   using Bits = uint64_t;
   static constexpr double kShift = 0x1.8p52;
-  static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33,
-                          kMost = 708.0;
+  static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
+  static constexpr double kLeast = -708.0, kMost = 709.78;
   static constexpr int kMantissa = 52, kTerms = 13;
 };
 
-// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2 and e^r by its series; a NaN stays one.
+// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2 and e^r by its series; infinite above
+// kMost, that of kLeast below it, and a NaN stays one.
 template <typename A>
 PREACT_INLINE A exponential(A x) {
   using K = ExpConstants<A>;
-  x = x < -K::kMost ? -K::kMost : x;
-  x = x > K::kMost ? K::kMost : x;
-  const A shifted = x * A(0x1.71547652b82fep0) + K::kShift;
+  const A most = x > K::kMost ? K::kMost : x;
+  const A inside = most < K::kLeast ? K::kLeast : most;
+  const A shifted = inside * A(0x1.71547652b82fep0) + K::kShift;
   const A n = shifted - K::kShift;
-  const A r = (x - n * K::kLn2High) - n * K::kLn2Low;
+  const A r = (inside - n * K::kLn2High) - n * K::kLn2Low;
   A series = 1;
 #pragma GCC unroll 16
   for (int i = K::kTerms; i > 0; --i) series = 1 + series * (r * (A(1) / i));
   const auto power = std::bit_cast<typename K::Bits>(shifted) << K::kMantissa;
-  return std::bit_cast<A>(std::bit_cast<typename K::Bits>(series) + power);
+  const A result = std::bit_cast<A>(std::bit_cast<typename K::Bits>(series) + power);
+  return x > K::kMost ? std::numeric_limits<A>::infinity() : result;
 }
 
 struct Relu {
@@ -216,48 +221,48 @@ PREACT_INLINE void transpose_squares(const A* in, int64_t rows, int64_t columns,
 
 }  // namespace
 
-#define PREACT_ROWS(S, A)                                                                         \
-  PREACT_CLONES void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,   \
-                                   Activation activation, A* h) {                                 \
-    if (!affine)                                                                                  \
-      convert(u, rows* channels, h);                                                              \
-    else if (activation == Activation::kRelu)                                                     \
-      activate<Relu>(u, rows, channels, affine, h);                                               \
-    else                                                                                          \
-      activate<Silu>(u, rows, channels, affine, h);                                               \
-  }                                                                                               \
-  PREACT_CLONES void output_grad_rows(const S* g, const S* output, int64_t rows,                  \
-                                      int64_t channels, const A* coefficients, A* dy) {           \
-    if (output)                                                                                   \
-      output_grad(g, output, rows, channels, coefficients, dy);                                   \
-    else                                                                                          \
-      convert(g, rows* channels, dy);                                                             \
-  }                                                                                               \
-  PREACT_CLONES void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels,         \
-                                S* out) {                                                         \
-    store(tile, addend, rows* channels, out);                                                     \
-  }                                                                                               \
-  PREACT_CLONES void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows,           \
-                                int64_t channels, const A* affine, Activation activation, S* g,   \
-                                A* s1, A* s2) {                                                   \
-    if (activation == Activation::kRelu)                                                          \
-      slope<Relu>(dh, addend, u, rows, channels, affine, g, s1, s2);                              \
-    else                                                                                          \
-      slope<Silu>(dh, addend, u, rows, channels, affine, g, s1, s2);                              \
-  }                                                                                               \
-  PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {             \
-    sum(x, rows, channels, total);                                                                \
-  }                                                                                               \
-  PREACT_CLONES void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift,   \
-                                    A* d1, A* d2) {                                               \
-    deviation(x, rows, channels, shift, d1, d2);                                                  \
-  }                                                                                               \
-  PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,      \
-                                        int64_t channels, const A* coefficients, S* du) {         \
-    if (grad)                                                                                     \
-      residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                          \
-    else                                                                                          \
-      residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                         \
+#define PREACT_ROWS(S, A)                                                                          \
+  PREACT_CLONES void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,    \
+                                   Activation activation, A* h) {                                  \
+    if (!affine)                                                                                   \
+      convert(u, rows * channels, h);                                                              \
+    else if (activation == Activation::kRelu)                                                      \
+      activate<Relu>(u, rows, channels, affine, h);                                                \
+    else                                                                                           \
+      activate<Silu>(u, rows, channels, affine, h);                                                \
+  }                                                                                                \
+  PREACT_CLONES void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels, \
+                                      const A* coefficients, A* dy) {                              \
+    if (output)                                                                                    \
+      output_grad(g, output, rows, channels, coefficients, dy);                                    \
+    else                                                                                           \
+      convert(g, rows * channels, dy);                                                             \
+  }                                                                                                \
+  PREACT_CLONES void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels,          \
+                                S* out) {                                                          \
+    store(tile, addend, rows * channels, out);                                                     \
+  }                                                                                                \
+  PREACT_CLONES void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows,            \
+                                int64_t channels, const A* affine, Activation activation, S* g,    \
+                                A* s1, A* s2) {                                                    \
+    if (activation == Activation::kRelu)                                                           \
+      slope<Relu>(dh, addend, u, rows, channels, affine, g, s1, s2);                               \
+    else                                                                                           \
+      slope<Silu>(dh, addend, u, rows, channels, affine, g, s1, s2);                               \
+  }                                                                                                \
+  PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {              \
+    sum(x, rows, channels, total);                                                                 \
+  }                                                                                                \
+  PREACT_CLONES void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift,    \
+                                    A* d1, A* d2) {                                                \
+    deviation(x, rows, channels, shift, d1, d2);                                                   \
+  }                                                                                                \
+  PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,       \
+                                        int64_t channels, const A* coefficients, S* du) {          \
+    if (grad)                                                                                      \
+      residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                           \
+    else                                                                                           \
+      residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                          \
   }
 
 PREACT_ROWS(float, float)

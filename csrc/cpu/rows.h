@@ -7,24 +7,24 @@ namespace preact {
 
 // For each storage type S with its accumulator A. Every z is computed by one expression, centred,
 // so that forward, mask and wgrad agree on its sign.
-#define PREACT_ROWS(S, A)                                                                         \
-  /* h = act(scale * (u - mean) + shift), or h = u without affine [4, C] */                       \
-  void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,                 \
-                     Activation activation, A* h);                                                \
-  /* dy = a * g + b * (output - mean) + c with coefficients [4, K] = mean, a, b, c; or dy = g */  \
-  void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels,              \
-                        const A* coefficients, A* dy);                                            \
-  /* out = rounded(tile + addend), also left in tile; addend may be null */                       \
-  void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels, S* out);              \
-  /* g = rounded((dh + addend) * act'(z)), s1 += g, s2 += g * (u - mean); addend, s1 may be null */ \
-  void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,       \
-                  const A* affine, Activation activation, S* g, A* s1, A* s2);                    \
-  /* sum += x */                                                                                  \
-  void sum_rows(const S* x, int64_t rows, int64_t channels, A* sum);                              \
-  /* d1 += x - shift, d2 += (x - shift)^2 */                                                      \
-  void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift, A* d1, A* d2);  \
-  /* du = grad + a * g + b * (u - mean) + c; grad may be null */                                  \
-  void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows, int64_t channels,  \
+#define PREACT_ROWS(S, A)                                                                        \
+  /* h = act(scale * (u - mean) + shift), or h = u without affine [4, C] */                      \
+  void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,                \
+                     Activation activation, A* h);                                               \
+  /* dy = a * g + b * (output - mean) + c with coefficients [4, K] = mean, a, b, c; or dy = g */ \
+  void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels,             \
+                        const A* coefficients, A* dy);                                           \
+  /* out = rounded(tile + addend), also left in tile; addend may be null */                      \
+  void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels, S* out);             \
+  /* g = rounded((dh + addend) * act'(z)), s1 += g, s2 += g * (u - mean); addend, s1 or null */  \
+  void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,      \
+                  const A* affine, Activation activation, S* g, A* s1, A* s2);                   \
+  /* sum += x */                                                                                 \
+  void sum_rows(const S* x, int64_t rows, int64_t channels, A* sum);                             \
+  /* d1 += x - shift, d2 += (x - shift)^2 */                                                     \
+  void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift, A* d1, A* d2); \
+  /* du = grad + a * g + b * (u - mean) + c; grad may be null */                                 \
+  void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows, int64_t channels, \
                           const A* coefficients, S* du);
 
 PREACT_ROWS(float, float)

@@ -62,8 +62,7 @@ class PartialMoments {
     Moments& total = moments_[0];
     for (size_t i = 1; i < moments_.size(); ++i) {
       const Moments& part = moments_[i];
-      for (int64_t c = 0; c < channels_; ++c)
-        total.merge(part.count, c, part.mean[c], part.m2[c]);
+      for (int64_t c = 0; c < channels_; ++c) total.merge(part.count, c, part.mean[c], part.m2[c]);
       total.count += part.count;
     }
     for (int64_t c = 0; c < channels_; ++c) {

@@ -5,7 +5,7 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -50,12 +50,19 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
+def seed_random_states(seed: int) -> None:
+    """Let every global random generator begin with the seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict[str, Any]:
     """The states of every global random generator, as plain values and tensors."""
-    name, key, position, has_gauss, gauss = np.random.get_state()
+    name, key, *rest = cast(tuple, np.random.get_state())  # key is an array
     return {
         "python": random.getstate(),
-        "numpy": (name, key.tolist(), position, has_gauss, gauss),
+        "numpy": (name, key.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -19,7 +19,7 @@ from fused_preact.resnet import create_model
 
 from . import checkpoint
 from .data import Data, load_data
-from .errors import Interrupted, TrainingError
+from .errors import Interrupted, TrainingError, require
 from .loop import PRECISIONS, Options, Training, train
 from .recipe import PRESETS, Recipe, preset_lr
 from .run_folder import RunFolder
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             config = _stored_config(args, folder)
         else:
             config = _new_config(args)
+        _require_packages(config)
         data = _load(config)
         recipe = _recipe(args, config, data)
         with ExitStack() as stack:
@@ -142,6 +143,14 @@ def _stored_config(args: argparse.Namespace, folder: RunFolder) -> dict[str, Any
     return config
 
 
+def _require_packages(config: dict[str, Any]) -> None:
+    """Miss a package now rather than when the run comes to need it."""
+    require("rich", "rich")
+    require("matplotlib", "matplotlib")
+    if config["options"]["tensorboard"]:
+        require("torch.utils.tensorboard", "tensorboard")
+
+
 def _load(config: dict[str, Any]) -> Data:
     """The data, which must be that of the first time if the run was begun before."""
     seed = config["options"]["seed"]
@@ -180,13 +189,16 @@ def _model(config: dict[str, Any], recipe: Recipe, data: Data, stack: ExitStack)
     backend = config["backend"]
     on_gpu = torch.cuda.is_available() and backend != "cpu"
     torch.backends.cudnn.deterministic = True  # else a resumed run goes another way
-    torch.manual_seed(config["options"]["seed"])
+    checkpoint.seed_random_states(config["options"]["seed"])
     try:
         if backend != "auto":
             stack.enter_context(fused_preact.backend(backend))
+    except ValueError as error:
+        raise TrainingError(f"--backend {backend}: {error}") from error
+    try:
         model = create_model(recipe.arch, len(data.classes), stem=data.stem)
     except ValueError as error:
-        raise TrainingError(str(error)) from error
+        raise TrainingError(f"--arch {recipe.arch}: {error}") from error
     return model.to("cuda" if on_gpu else "cpu")
 
 

@@ -18,7 +18,7 @@ from .errors import TrainingError, require
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS_SIZE, DIGITS_SHIFT = 16, 2  # enlarged from 8 x 8; pixels moved at most
-DIGITS_MEAN, DIGITS_STD = 0.3, 0.36
+DIGITS_MEAN, DIGITS_STD = 0.305, 0.318
 TINY = 64  # images up to this size are trained as CIFAR's are, larger ones as ImageNet's
 
 

@@ -361,6 +361,8 @@ void test_all(const std::string& dtype) {
       conv_shape({2, 5, 4, 4}, 6, 3, 1, 2, 0, 0, 1),      //
       conv_shape({2, 5, 5, 3}, 4, 3, 1, 0, 0, 0, 0),      // no padding
       conv_shape({2, 1, 1, 4}, 3, 3, 1, 1, 1, 1, 1),      // nothing but padding around one pixel
+      conv_shape({2, 4, 5, 4}, 3, 1, 2, 1, 1, 2, 0),      // 1x1, padded
+      conv_shape({1, 3, 3, 2}, 3, 3, 2, 4, 3, 4, 3),      // padded by more than the kernel
       conv_shape({1, 3, 2, 1}, 1, 3, 1, 1, 1, 1, 1),      // one channel
       conv_shape({3, 30, 31, 32}, 8, 1, 1, 0, 0, 0, 0),   // more than one part of the work
       conv_shape({1, 40, 41, 48}, 16, 3, 1, 1, 1, 1, 1),  //

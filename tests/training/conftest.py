@@ -1,12 +1,11 @@
 """fused-preact train, called in this process or started as one of its own."""
 
-import argparse
 import os
 import subprocess
 import sys
 
 import pytest
-from training.runs import make_image_folder, torchvision_or_skip
+from training.runs import make_image_folder, run_training, torchvision_or_skip
 
 
 @pytest.fixture(autouse=True)
@@ -17,13 +16,9 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture
 def train(capsys):
     """Runs fused-preact train here; returns (exit code, standard output, standard error)."""
-    from fused_preact.training import command
 
     def call(*argv):
-        parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
-        code = command.run(parser.parse_args([str(arg) for arg in argv]))
-        return code, *capsys.readouterr()
+        return run_training(*argv), *capsys.readouterr()
 
     return call
 
@@ -40,6 +35,7 @@ def start():
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a signal to its process group must not reach the tests
             env={**os.environ, "OMP_NUM_THREADS": "2"},  # as many as the tests' own process has
         )
         processes.append(process)

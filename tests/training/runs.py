@@ -1,5 +1,6 @@
 """What the tests of training share: a small run, image folders, and how to compare runs."""
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -33,6 +34,15 @@ def make_image_folder(root: Path, size: int) -> Path:
                 pixels = rng.integers(low, low + 128, (size, size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number:04d}.png")
     return root
+
+
+def run_training(*argv) -> int:
+    """The exit code of fused-preact train with those arguments."""
+    from fused_preact.training import command
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(arg) for arg in argv]))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     """A disk that fills up costs the new checkpoint, not the old; nothing else is left behind."""
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, {"step": 1})
-    with pytest.raises(TrainingError, match="cannot write .*checkpoint.pt: No space left"):
+    with pytest.raises(TrainingError, match=r"cannot write .*checkpoint\.pt: No space left"):
         checkpoint.write_atomically(path, failing_in_the_middle)
     assert checkpoint.load(path, torch.device("cpu")) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]

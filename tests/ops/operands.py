@@ -1,0 +1,96 @@
+"""Arguments for the operators: one pre-activated convolution with all that surrounds it."""
+
+from dataclasses import dataclass
+
+import torch
+from numerics import make_case
+from torch import Tensor
+
+from fused_preact import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DEFERRED = ("no", "with sums", "frozen")
+
+ONE, X3, TWO, NONE, SAME = (1, 1), (3, 3), (2, 2), (0, 0, 0, 0), (1, 1, 1, 1)
+GEOMETRIES = {  # name: input shape, convolution (channels, kernel size, stride, padding)
+    "1x1": ((2, 16, 5, 7), (24, ONE, ONE, NONE)),
+    "1x1 stride 2": ((2, 17, 5, 7), (8, ONE, TWO, NONE)),
+    "1x1 stride 3 padded": ((2, 3, 4, 6), (17, ONE, (3, 3), (1, 0, 2, 1))),
+    "1x1 image": ((3, 65, 1, 1), (17, ONE, ONE, NONE)),
+    "1x1 many rows": ((2, 64, 56, 56), (48, ONE, ONE, NONE)),
+    "3x3": ((2, 16, 5, 7), (24, X3, ONE, SAME)),
+    "3x3 stride 2": ((2, 17, 5, 7), (16, X3, TWO, SAME)),
+    "3x3 stride (2, 1)": ((2, 3, 33, 9), (8, X3, (2, 1), SAME)),
+    "3x3 stride 3 unpadded": ((2, 8, 5, 7), (8, X3, (3, 3), NONE)),
+    "3x3 padded (0, 1, 0, 1)": ((2, 8, 6, 8), (8, X3, TWO, (0, 1, 0, 1))),
+    "3x3 padded (2, 0, 1, 3)": ((2, 8, 5, 7), (8, X3, ONE, (2, 0, 1, 3))),
+    "3x3 padded by 4": ((1, 3, 2, 3), (4, X3, TWO, (4, 4, 4, 4))),
+    "3x3 on a 1x1 image": ((4, 8, 1, 1), (8, X3, ONE, SAME)),
+    "3x3 of one channel": ((2, 1, 5, 7), (1, X3, ONE, SAME)),
+    "3x3 of 200 channels": ((1, 200, 5, 7), (65, X3, ONE, SAME)),
+    "3x3 many images": ((40, 16, 8, 8), (16, X3, ONE, SAME)),
+    "3x3 many rows": ((2, 24, 56, 56), (16, X3, ONE, SAME)),
+    "2x2": ((2, 8, 5, 7), (8, (2, 2), TWO, NONE)),
+    "1x3": ((2, 8, 5, 7), (8, (1, 3), ONE, (0, 0, 1, 1))),
+    "5x5": ((2, 8, 5, 7), (8, (5, 5), ONE, (2, 2, 2, 2))),
+    "7x7": ((1, 3, 33, 9), (8, (7, 7), TWO, (3, 3, 3, 3))),
+}
+
+
+@dataclass
+class Operands:
+    input: Tensor
+    affine: Tensor
+    weight: Tensor
+    residual: Tensor
+    addend: Tensor
+    grad: Tensor  # what arrives at the convolution's output, or at the BatchNorm behind it
+    deferred: tuple[Tensor | None, Tensor | None, Tensor | None]  # output, its affine and sums
+    geometry: tuple  # stride, padding, dilation, groups
+
+
+def operands(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    conv: tuple,
+    *,
+    deferred: str = "no",
+    mean: float = 0.0,
+    seed: int = 0,
+) -> Operands:
+    """Random operands of a convolution; deferred: is its output's BatchNorm yet to be finished."""
+    case = make_case(dtype, shape, [conv], residual=True, mean=mean, seed=seed)
+    (bn,), (layer,) = case.bns, case.convs
+    generator = torch.Generator().manual_seed(seed + 1)
+    acc = reference.accumulator(dtype)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def channels_last(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def affine_of(tensor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        stats = reference.bn_stats(tensor.double())
+        return reference.bn_affine(stats, weight.double(), bias.double(), 1e-5).to(acc)
+
+    channels = conv[0]
+    output = channels_last(randn(*case.grad_output.shape) + mean)
+    count = output.numel() // channels
+    sums = (randn(2, channels) * count**0.5).to(acc)
+    return Operands(
+        input=case.input,
+        affine=affine_of(case.input, bn.weight, bn.bias),
+        weight=layer.weight,
+        residual=case.residual,
+        addend=channels_last(randn(*shape)),
+        grad=channels_last(case.grad_output),
+        deferred=(None, None, None)
+        if deferred == "no"
+        else (
+            output,
+            affine_of(output, randn(channels), randn(channels)),
+            sums if deferred == "with sums" else None,
+        ),
+        geometry=layer.geometry,
+    )
