@@ -11,7 +11,7 @@
 
 namespace preact {
 
-enum class Dtype { kFloat32, kBFloat16, kFloat64 };
+enum class Dtype { kFloat32, kBFloat16, kFloat16, kFloat64 };  // CPU: no float16; CUDA: no float64
 enum class Activation { kRelu, kSilu };
 
 struct ImageShape {
@@ -61,6 +61,9 @@ struct Runtime {
   void (*parallel_for)(int64_t count, void (*body)(int64_t, void*), void* context);
   Tile<float> tile;
 };
+
+// The CPU kernels. A launcher of the same name with a CudaRuntime runs the CUDA kernels instead, on
+// device memory.
 
 void bn_stats(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
               const void* input,  // [N, H, W, C]
@@ -132,5 +135,34 @@ void residual_grad(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
                    const void* affine,  // [4, C]
                    const void* sums,    // [2, C] or null: frozen statistics
                    void* dinput);       // [N, H, W, C]
+
+// What the CUDA kernels need of the program that they run in. Nothing synchronises: a launcher
+// returns once its kernels are in the stream, and can be captured in a CUDA graph.
+struct CudaRuntime {
+  int device;
+  void* stream;  // cudaStream_t
+  // Device memory that nobody else writes before the stream is past this launcher's kernels.
+  void* (*allocate)(int64_t bytes, void* context);
+  void* context;
+};
+
+// Why no kernel can run here, in words (a driver too old for the toolkit); null if they can.
+const char* cuda_unavailable();
+
+void bn_stats(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape, const void* input,
+              void* stats);
+void bn_affine(const CudaRuntime& runtime, Dtype accumulator, int64_t channels, const void* stats,
+               const void* weight, const void* bias, double eps, void* affine);
+void bn_relu_forward(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,
+                     Activation activation, const void* input, const void* affine, void* output);
+void bn_relu_backward(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,
+                      Activation activation, const void* grad, const void* input,
+                      const void* affine, void* g, void* sums);
+void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op);
+void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op);
+void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op);
+void residual_grad(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,
+                   const void* grad, const void* g, const void* input, const void* affine,
+                   const void* sums, void* dinput);
 
 }  // namespace preact
