@@ -78,7 +78,8 @@ def preact_conv2d(
     He et al. 2016, eq. 1 with f the identity.
     """
     bn = BatchNorm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
-    conv = Conv(weight, _pair(stride, "stride"), _four(padding), _pair(dilation, "dilation"), groups)
+    strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
+    conv = Conv(weight, strides, _four(padding), dilations, groups)
     return preact_unit(input, [bn], [conv], activation=activation, residual=residual)
 
 
@@ -109,6 +110,7 @@ def bn_relu(
     _check_input(input)
     _check_activation(activation)
     _check_bn(bn, input.shape[1])
+    _check_batch(bn, input.shape)
     if _runs_eager(input):
         return reference.bn_relu(input, *bn[:4], activation, *bn[4:])
     operators = ops.plan(input)
@@ -528,9 +530,7 @@ def _values_per_channel(shape: Sequence[int]) -> int:
 
 
 def _conv_shape(shape: Sequence[int], conv: Conv) -> tuple[int, ...]:
-    size = ops.output_size(
-        shape, conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation
-    )
+    size = ops.output_size(shape, conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation)
     return shape[0], conv.weight.shape[0], *size
 
 
@@ -560,7 +560,9 @@ def _check_bn(bn: BatchNorm, channels: int, name: str = "") -> None:
                 f"{name}{argument}: expected shape ({channels},), got {tuple(vector.shape)}"
             )
     if not bn.training and (bn.running_mean is None or bn.running_var is None):
-        raise ValueError(f"{name}running_mean, running_var: expected tensors in evaluation, got None")
+        raise ValueError(
+            f"{name}running_mean, running_var: expected tensors in evaluation, got None"
+        )
 
 
 def _check_batch(bn: BatchNorm | None, shape: Sequence[int]) -> None:
@@ -608,7 +610,9 @@ def _check_unit(
     if shortcut is not None and residual is not None:
         raise ValueError("residual: expected None where there is a shortcut")
     if len(bns) != len(convs) or any(bn is None for bn in bns[1:]):
-        raise ValueError("bns: expected one BatchNorm for each convolution; only the first may be None")
+        raise ValueError(
+            "bns: expected one BatchNorm for each convolution; only the first may be None"
+        )
     shape: Sequence[int] = input.shape
     single = len(convs) == 1
     for i, (bn, conv) in enumerate(zip(bns, convs, strict=True)):

@@ -6,27 +6,34 @@ preact_conv_dgrad, preact_conv_wgrad, residual_grad.
 
     reference   plain PyTorch, every device and dtype
     cpu         torch.ops.fused_preact on CPU tensors: the C++ kernels of csrc/cpu
+    cuda        torch.ops.fused_preact on CUDA tensors: the CUDA kernels of csrc/cuda
+    triton      torch.ops.fused_preact_triton on CUDA tensors; on CPU tensors in its interpreter
 
 plan() picks one for a whole unit, forward and backward. Two more names can be asked for: "auto",
 the planner's own choice, and "eager", PyTorch's layers under PyTorch's autograd (double backward,
 export).
 """
 
+import functools
+import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  registers torch.ops.fused_preact
-from . import reference
+from . import _C, reference  # _C registers torch.ops.fused_preact
 
 BACKENDS = ("auto", "eager", "reference", "cpu", "cuda", "triton")
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 _ENVIRONMENT = "FUSED_PREACT_BACKEND"
 
 
@@ -37,8 +44,8 @@ def backend_status() -> dict[str, str | None]:
         "eager": None,
         "reference": None,
         "cpu": None,
-        "cuda": "this version has no CUDA kernels",
-        "triton": "this version has no Triton kernels",
+        "cuda": _cuda_status(),
+        "triton": _triton_status(),
     }
 
 
@@ -69,12 +76,12 @@ def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1) -> 
     """The namespace of operators for a unit that reads input, under the current backend."""
     name = _forced
     if name == "auto":
-        name = "cpu" if input.device.type == "cpu" else "reference"
+        name = _automatic(input)
     if name == "reference":
         return reference
     reason = _refusal(name, input, dilation, groups)
     if reason is None:
-        return torch.ops.fused_preact
+        return _triton() if name == "triton" else torch.ops.fused_preact
     warn_once(f"backend {name!r} does not run {reason}; using 'reference'")
     return reference
 
@@ -99,15 +106,65 @@ def warn_once(message: str) -> None:
 
 
 def _refusal(name: str, input: Tensor, dilation: tuple[int, int], groups: int) -> str | None:
-    if input.device.type != name:
+    if input.device.type != _device(name):
         return f"{input.device.type} tensors"
-    if input.dtype not in _NATIVE_DTYPES:
+    if input.dtype not in _DTYPES[name]:
         return f"{input.dtype} on {input.device.type}"
     if tuple(dilation) != (1, 1):
         return "dilated convolutions"
     if groups != 1:
         return "grouped convolutions"
+    if name == "triton" and input.shape[2] * input.shape[3] >= 2**31 - 2**16:
+        return "images of 2^31 pixels"
     return None
+
+
+def _automatic(input: Tensor) -> str:
+    if input.device.type == "cpu":
+        return "cpu"
+    if input.device.type == "cuda":
+        for name, reason in ("cuda", _cuda_status()), ("triton", _triton_status()):
+            if reason is None:
+                return name
+    return "reference"
+
+
+def _device(name: str) -> str:
+    """The type of the tensors that a backend runs."""
+    return "cpu" if name == "cpu" or (name == "triton" and _interpreted()) else "cuda"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _cuda_status() -> str | None:
+    built = _C.build_info()["cuda"]
+    if built.startswith("not built"):
+        return built
+    problem = _C.cuda_unavailable()
+    return problem if problem or torch.cuda.is_available() else "this torch sees no GPU"
+
+
+@functools.cache
+def _triton_status() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if torch.cuda.is_available() or _interpreted():
+        return None
+    return "no GPU; TRITON_INTERPRET=1 runs it on the CPU, slowly"
+
+
+@functools.cache
+def _triton() -> Any:
+    """The Triton kernels' namespace; registers them at the first call."""
+    importlib.import_module("fused_preact.triton")
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"fused_preact_triton::{name}", fake)
+    return torch.ops.fused_preact_triton
 
 
 def _checked(name: str, source: str) -> str:
@@ -124,6 +181,19 @@ _forced = _checked(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT)
 
 
 # --- fake kernels: shapes, dtypes and strides for torch.compile ----------------------------------
+
+
+_FAKES: dict[str, Callable[..., Any]] = {}
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the operator's fake kernel, which all backends share."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _FAKES[name] = function
+        return torch.library.register_fake(f"fused_preact::{name}", function)
+
+    return register
 
 
 def _vectors(like: Tensor, rows: int, channels: int | torch.SymInt) -> Tensor:
@@ -146,36 +216,34 @@ def output_size(
     return height // stride[0] + 1, width // stride[1] + 1
 
 
-@torch.library.register_fake("fused_preact::bn_stats")
+@_fake("bn_stats")
 def _(input):
     return _vectors(input, 2, input.shape[1])
 
 
-@torch.library.register_fake("fused_preact::bn_affine")
+@_fake("bn_affine")
 def _(stats, weight, bias, eps):
     return stats.new_empty((4, stats.shape[1]))
 
 
-@torch.library.register_fake("fused_preact::bn_relu_forward")
+@_fake("bn_relu_forward")
 def _(input, affine, activation):
     return _activations(input, input.shape)
 
 
-@torch.library.register_fake("fused_preact::bn_relu_backward")
+@_fake("bn_relu_backward")
 def _(grad, input, affine, activation, with_sums):
     return _activations(input, input.shape), _vectors(input, 2, input.shape[1] * with_sums)
 
 
-@torch.library.register_fake("fused_preact::preact_conv_forward")
-def _(
-    input, affine, weight, residual, stride, padding, dilation, groups, activation, with_stats
-):
+@_fake("preact_conv_forward")
+def _(input, affine, weight, residual, stride, padding, dilation, groups, activation, with_stats):
     size = output_size(input.shape, weight.shape[2:], stride, padding, dilation)
     output = _activations(input, (input.shape[0], weight.shape[0], *size))
     return output, _vectors(input, 2, weight.shape[0] if with_stats else 0)
 
 
-@torch.library.register_fake("fused_preact::preact_conv_dgrad")
+@_fake("preact_conv_dgrad")
 def _(
     grad,
     output,
@@ -196,7 +264,7 @@ def _(
     return _activations(input, input.shape), _vectors(input, 2, channels)
 
 
-@torch.library.register_fake("fused_preact::preact_conv_wgrad")
+@_fake("preact_conv_wgrad")
 def _(
     grad,
     output,
@@ -215,6 +283,6 @@ def _(
     return input.new_empty(shape, dtype=reference.accumulator(input.dtype))
 
 
-@torch.library.register_fake("fused_preact::residual_grad")
+@_fake("residual_grad")
 def _(grad, g, input, affine, sums):
     return _activations(input, input.shape)

@@ -230,9 +230,7 @@ def bn_relu(
     eps: float,
 ) -> Tensor:
     """activation(batch_norm(input)) by PyTorch's own layers."""
-    z = F.batch_norm(
-        input, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
-    )
+    z = F.batch_norm(input, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     return F.relu(z) if activation == "relu" else F.silu(z)
 
 

@@ -3,6 +3,8 @@
 import os
 from contextlib import contextmanager
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave busy cores alone
+
 import hypothesis
 import pytest
 import torch
@@ -71,6 +73,35 @@ def operators(request):
 def _skip_float64(backend, request):
     if backend == "triton" and request.node.callspec.params.get("dtype") == torch.float64:
         pytest.skip("the Triton kernels have no float64")
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile that refuses graph breaks, with no other test's graphs to count against it."""
+    torch._dynamo.reset()
+    return lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The names of the operators called so far."""
+    plan, names = ops.plan, []
+    monkeypatch.setattr(ops, "plan", lambda *args: _Recording(plan(*args), names))
+    return names
+
+
+class _Recording:
+    """A namespace of operators that writes down which are called."""
+
+    def __init__(self, operators, names):
+        self.operators, self.names = operators, names
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.names.append(name)
+            return getattr(self.operators, name)(*args)
+
+        return call
 
 
 @contextmanager

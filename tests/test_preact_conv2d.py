@@ -1,18 +1,12 @@
 """preact_conv2d against PyTorch's layers: results, gradients, inputs of any kind."""
 
-from unittest import mock
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 from numerics import Case, assert_rule, eager, fused, make_case, run
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_preact
-from fused_preact import functional, ops, reference
 from fused_preact.functional import preact_conv2d
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -38,7 +32,7 @@ GRID = {  # name: input shape, convolution
     "3x3 of 200 channels": ((1, 200, 5, 7), (65, X3, ONE, SAME)),
     "3x3 to 200 channels": ((1, 65, 5, 7), (200, X3, TWO, SAME)),
     "3x3 many images": ((40, 16, 8, 8), (16, X3, ONE, SAME)),
-    "3x3 many rows": ((2, 64, 56, 56), (32, X3, ONE, SAME)),
+    "3x3 many rows": ((2, 64, 56, 56), (16, X3, ONE, SAME)),
     "1x1 many rows": ((2, 64, 56, 56), (48, ONE, ONE, NONE)),
     "2x2": ((2, 8, 5, 7), (8, (2, 2), TWO, NONE)),
     "1x3": ((2, 8, 5, 7), (8, (1, 3), ONE, (0, 0, 1, 1))),
@@ -281,9 +275,7 @@ def test_weight_of_another_dtype(backend_name):
     output.backward(case.grad_output)
     assert torch.equal(output, expected["output"])
     assert weight.grad.dtype == torch.float32
-    torch.testing.assert_close(
-        weight.grad.bfloat16(), expected["grad weight0"], rtol=0, atol=0
-    )
+    torch.testing.assert_close(weight.grad.bfloat16(), expected["grad weight0"], rtol=0, atol=0)
 
 
 def test_empty_batch(backend_name):
@@ -300,35 +292,8 @@ def test_empty_batch(backend_name):
 # --- only what is asked for ----------------------------------------------------------------------
 
 
-class _Counted:
-    """A namespace of operators that lists the names of those called."""
-
-    def __init__(self, operators):
-        self.operators, self.called = operators, []
-
-    def __getattr__(self, name):
-        def call(*args):
-            self.called.append(name)
-            return getattr(self.operators, name)(*args)
-
-        return call
-
-
-@pytest.fixture
-def called(monkeypatch, backend_name):
-    """The operators called so far."""
-    plan, counted = ops.plan, _Counted(None)
-
-    def counting_plan(*args):
-        counted.operators = plan(*args)
-        return counted
-
-    monkeypatch.setattr(ops, "plan", counting_plan)
-    return counted.called
-
-
-def test_input_gradient_alone(called):
-    """torch.autograd.grad(loss, images) runs no wgrad; frozen statistics also take no sums."""
+def test_input_gradient_alone(called, backend_name):
+    """torch.autograd.grad(loss, images) runs no wgrad."""
     case = _small().to(torch.float32)
     output = fused(case)
     called.clear()
@@ -336,7 +301,7 @@ def test_input_gradient_alone(called):
     assert called == ["preact_conv_dgrad", "residual_grad"]
 
 
-def test_weight_gradient_alone(called):
+def test_weight_gradient_alone(called, backend_name):
     """With a plain input and frozen BatchNorm, backward is one wgrad and no dgrad."""
     case = _small().to(torch.float32)
     for name, leaf in case.leaves().items():
@@ -347,7 +312,7 @@ def test_weight_gradient_alone(called):
     assert called == ["preact_conv_wgrad"]
 
 
-def test_batch_norm_gradients_alone(called):
+def test_batch_norm_gradients_alone(called, backend_name):
     """gamma's and beta's gradients come from dgrad's sums; nothing writes the input's."""
     case = _small().to(torch.float32)
     output = fused(case)
@@ -356,7 +321,7 @@ def test_batch_norm_gradients_alone(called):
     assert called == ["preact_conv_dgrad"]
 
 
-def test_statistics_are_not_taken_in_evaluation(called):
+def test_statistics_are_not_taken_in_evaluation(called, backend_name):
     """Running statistics replace the pass over the input."""
     fused(_small(training=False).to(torch.float32))
     assert called == ["bn_affine", "preact_conv_forward"]
@@ -437,13 +402,12 @@ def test_double_backward_under_eager():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_graph_breaks(training, backend_name):
+def test_compiles_without_graph_breaks(training, compiled, backend_name):
     """Compiled with fullgraph=True, all results are those of the uncompiled function.
 
     The operators are the same; what lies between them may be rounded once differently.
     """
     case = _small(training=training)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    ours, expected = run(case, torch.float32, compiled), run(case, torch.float32, fused)
+    ours, expected = run(case, torch.float32, compiled(fused)), run(case, torch.float32, fused)
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)

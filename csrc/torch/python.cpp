@@ -1,12 +1,13 @@
 // The extension module fused_preact._C. Importing it loads this library, whose static
-// initialisers register the operators; the module itself says how it was built and lets tests choose
-// the matrix tile.
-// In a file of its own, since pybind11's headers take longer to compile than everything else.
+// initialisers register the operators; the module itself says how it was built and lets tests
+// choose the matrix tile. In a file of its own, since pybind11's headers take longer to compile
+// than everything else.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <optional>
 #include <string>
 
 #include "runtime.h"
@@ -27,8 +28,17 @@ pybind11::dict build_info() {
   info["cplusplus"] = static_cast<long>(__cplusplus);
   info["torch_headers"] = TORCH_VERSION;
   info["torch_target"] = std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff);
-  info["cuda"] = "not built: no CUDA kernels in this version";
+  info["cuda"] = PREACT_CUDA_BUILD;
   return info;
+}
+
+std::optional<std::string> cuda_unavailable() {
+#ifdef PREACT_CUDA
+  const char* const problem = preact::cuda_unavailable();
+  return problem ? std::optional<std::string>(problem) : std::nullopt;
+#else
+  return PREACT_CUDA_BUILD;
+#endif
 }
 
 }  // namespace
@@ -40,4 +50,6 @@ PYBIND11_MODULE(_C, module) {
              "The matrix tiles that run here: 'portable', and 'brgemm' where torch lends its own.");
   module.def("use_tile_provider", &preact::use_tile_provider, pybind11::arg("name"),
              "Take one of tile_providers() for the rest of this process.");
+  module.def("cuda_unavailable", &cuda_unavailable,
+             "Why no CUDA kernel can run here, or None where they can.");
 }

@@ -31,7 +31,7 @@ IMAGENET = Recipe(
     arch="preact_resnet50", epochs=90, batch_size=256, lr=0.1, drops=(30 / 90, 60 / 90)
 )
 DIGITS = Recipe(
-    arch="preact_resnet20", epochs=20, batch_size=64, lr=0.1, weight_decay=5e-4, warmup=0.02
+    arch="preact_resnet20", epochs=30, batch_size=64, lr=0.1, weight_decay=5e-4, warmup=0.02
 )
 
 PRESETS = {"digits": DIGITS, "cifar": CIFAR, "imagenet": IMAGENET}

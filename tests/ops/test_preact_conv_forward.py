@@ -39,7 +39,8 @@ def test_statistics_are_those_of_the_output(name, dtype, operators):
     """with_stats changes no bit of the output and gives its statistics as it was written.
 
     Against float64 over the rounded output: 8 spacings of the accumulator, the merging of tiles;
-    in float64, whose own error is as large as what it judges, 64.
+    in float64, whose own error is as large as what it judges, 64. There tiles' means are rounded as
+    coarsely as the result, which the variance feels by the deviation.
     """
     o = operands(dtype, *GEOMETRIES[name])
     args = o.input, o.affine, o.weight, o.residual, *o.geometry, "relu"
@@ -50,7 +51,8 @@ def test_statistics_are_those_of_the_output(name, dtype, operators):
     spacing = eps * (mean.abs() + var.sqrt())
     assert torch.equal(output, plain) and none.shape == (2, 0)
     assert ((stats[0].double() - mean).abs() <= 8 * spacing).all()
-    assert ((stats[1].double() - var).abs() <= 16 * eps * var + spacing.square()).all()
+    merged = spacing * var.sqrt() if dtype == torch.float64 else 0
+    assert ((stats[1].double() - var).abs() <= 16 * eps * var + spacing.square() + merged).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,75 @@
+"""What the machine can do: its name, versions, copy bandwidth and matrix product rate."""
+
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_preact
+
+COPY_BYTES = 256 << 20  # far beyond any cache
+MATRIX = 1024
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, versions and commit: what a reader of a result must know."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fused_preact": fused_preact.__version__,
+        "commit": _commit(),
+    }
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _median_seconds(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions a second of a large matrix product."""
+    a = torch.randn(MATRIX, MATRIX, device=device).to(dtype)
+    b = torch.randn(MATRIX, MATRIX, device=device).to(dtype)
+    return 2 * MATRIX**3 / _median_seconds(lambda: a @ b, device)
+
+
+def _median_seconds(run: Any, device: torch.device, rounds: int = 9) -> float:
+    seconds = []
+    for _ in range(rounds + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; a CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    folder = Path(__file__).parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"

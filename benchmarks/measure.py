@@ -1,0 +1,178 @@
+"""Times contenders side by side, and counts what a step moves, computes, saves and peaks at.
+
+Rounds alternate between the contenders, so that a machine's drift hits all alike; what counts is
+the median of the ratios of a round.
+"""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from machine import synchronize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+WARMUP = 2
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
+
+
+@dataclass
+class Measured:
+    """A contender's seconds, one a round, and the memory of a step in bytes."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    saved_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class Clock:
+    """A timer that shows what was measured: each replayed step moves it by its seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def alternate(
+    contenders: dict[str, Callable[[], object]], device: torch.device, budget: float
+) -> dict[str, Measured]:
+    """Each contender once a round, after a warm-up; 3 to 15 rounds in about `budget` seconds."""
+    measured = {name: Measured() for name in contenders}
+    for step in contenders.values():
+        for _ in range(WARMUP):
+            step()
+    start = time.perf_counter()
+    for index in range(MOST_ROUNDS):
+        if index >= FEWEST_ROUNDS and time.perf_counter() - start > budget:
+            break
+        # every other round backwards: nobody always runs after the same neighbour
+        order = list(contenders) if index % 2 == 0 else list(reversed(contenders))
+        for name in order:
+            measured[name].seconds.append(_seconds(contenders[name], device))
+    for name, step in contenders.items():
+        measured[name].peak_bytes = peak_bytes(step, device)
+        measured[name].saved_bytes = saved_bytes(step)
+    return measured
+
+
+def ratios(slower: Measured, faster: Measured) -> tuple[float, float, float]:
+    """Median, lower and upper quartile of the rounds' ratios slower / faster."""
+    values = [a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)]
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _flush_cache(device)
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _flush_cache(device: torch.device) -> None:
+    torch.empty(256 << 20, dtype=torch.uint8, device=device).zero_()
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """How far a step's memory rises above where it starts."""
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status_bytes("VmRSS")
+    step()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def saved_bytes(step: Callable[[], object]) -> int:
+    """Bytes that a step's forward pass saves for its backward pass, each storage once."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(saved.values())
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+# --- the floor -----------------------------------------------------------------------------------
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the floor of every operator that runs: its bytes moved, or its arithmetic.
+
+    An operator's bytes are its tensors, each once; views move nothing.
+    """
+
+    def __init__(self, bandwidth: float, rate: float) -> None:
+        super().__init__()
+        self.bandwidth, self.rate = bandwidth, rate
+        self.bytes, self.flops, self.seconds = 0, 0, 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function.is_view or function.namespace not in ("aten", "fused_preact"):
+            return output
+        tensors = {}
+        for value in torch.utils._pytree.tree_leaves((args, kwargs, output)):
+            if isinstance(value, torch.Tensor):
+                tensors[value.data_ptr()] = value.numel() * value.element_size()
+        moved, flops = sum(tensors.values()), _flops(function, args, kwargs or {}, output)
+        self.bytes += moved
+        self.flops += flops
+        self.seconds += max(moved / self.bandwidth, flops / self.rate)
+        return output
+
+
+def _flops(function, args, kwargs, output) -> int:
+    name = function._schema.name.split("::")[1]
+    if name == "preact_conv_forward":
+        weight, result = args[2], output[0]
+    elif name == "preact_conv_dgrad":
+        weight, result = args[4], args[0]
+    elif name == "preact_conv_wgrad":
+        weight, result = output, args[0]
+    else:
+        count = flop_registry.get(function.overloadpacket)
+        return count(*args, **kwargs, out_val=output) if count else 0
+    _, c, r, s = weight.shape
+    return 2 * result.numel() * c * r * s

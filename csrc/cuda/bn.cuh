@@ -1,0 +1,73 @@
+// BatchNorm and the activation on a piece of channels, forward and backward.
+//
+// z is computed by normalise() alone, so that forward, mask and wgrad agree on its sign.
+#pragma once
+
+#include "../preact.h"
+#include "piece.cuh"
+
+namespace preact::cuda {
+
+PREACT_DEVICE float normalise(float u, float mean, float scale, float shift) {
+  return fmaf(scale, u - mean, shift);
+}
+
+template <Activation kActivation>
+PREACT_DEVICE float activate(float z) {
+  if constexpr (kActivation == Activation::kRelu) return z < 0.f ? 0.f : z;  // NaN stays NaN
+  return z / (1.f + expf(-z));
+}
+
+template <Activation kActivation>
+PREACT_DEVICE float slope(float z) {
+  if constexpr (kActivation == Activation::kRelu) return z > 0.f ? 1.f : 0.f;
+  const float sigmoid = 1.f / (1.f + expf(-z));
+  return sigmoid * (1.f + z * (1.f - sigmoid));
+}
+
+// The rows mean, scale and shift of an affine [4, C] for the piece from channel `first`.
+struct Affine {
+  Piece mean, scale, shift;
+
+  Affine() = default;
+  PREACT_DEVICE Affine(const float* affine, const Channels& channels, int64_t first) {
+    const int valid = channels.valid(first);
+    const bool vectors = channels.vectors && valid > 0;
+    load_piece(affine + first, valid, vectors, mean);
+    load_piece(affine + 2 * channels.count + first, valid, vectors, scale);
+    load_piece(affine + 3 * channels.count + first, valid, vectors, shift);
+  }
+  PREACT_DEVICE float z(int j, float u) const { return normalise(u, mean[j], scale[j], shift[j]); }
+};
+
+// The end of BatchNorm's backward pass: du = scale * g + slope * (u - mean) + offset,
+// slope = -scale * rstd * S2 / M, offset = -scale * S1 / M; both 0 with frozen statistics.
+struct BnGrad {
+  Piece mean, scale, slope, offset;
+
+  PREACT_DEVICE BnGrad(const float* affine, const float* sums, float inverse_count,
+                       const Channels& channels, int64_t first) {
+    const int valid = channels.valid(first);
+    const bool vectors = channels.vectors && valid > 0;
+    const int64_t row = channels.count;
+    load_piece(affine + first, valid, vectors, mean);
+    load_piece(affine + 2 * row + first, valid, vectors, scale);
+    Piece rstd{}, s1{}, s2{};
+    if (sums) {
+      load_piece(affine + row + first, valid, vectors, rstd);
+      load_piece(sums + first, valid, vectors, s1);
+      load_piece(sums + row + first, valid, vectors, s2);
+    }
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) {
+      const float share = -scale[j] * inverse_count;
+      slope[j] = share * rstd[j] * s2[j];
+      offset[j] = share * s1[j];
+    }
+  }
+  PREACT_DEVICE float du(int j, float g, float u) const {
+    return fmaf(scale[j], g, fmaf(slope[j], u - mean[j], offset[j]));
+  }
+};
+
+}  // namespace preact::cuda

@@ -1,0 +1,404 @@
+// What the convolution kernels share: an implicit GEMM whose operands are windows of pixels.
+//
+// A block computes a tile of output pixels, a patch of some rows and columns of one or more images.
+// For a chunk of channels it copies the window of source pixels that the patch reads into shared
+// memory, applies the prologue there, once, and multiplies: row m of the operand is pixel m of the
+// patch, and each tap of the kernel reads the same window from another start.
+#pragma once
+
+#include <limits>
+
+#include "bn.cuh"
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace preact::cuda {
+
+constexpr int kConvThreads = 128;
+constexpr int kMostPiecesPerThread = 32;  // of a window: one bit each says which are not padding
+
+// --- geometry ------------------------------------------------------------------------------------
+
+// One axis, rows or columns. Output i of the GEMM reads source pixels
+// (i * step + w) * gather + offset for w in [0, taps), with the kernel's element
+// weight_first + w * weight_step, and is pixel out_first + i * out_step of the result.
+struct Axis {
+  int64_t source, outputs;  // how many pixels
+  int taps, step, gather;
+  int64_t offset;
+  int weight_first = 0, weight_step = 1;
+  int out_first = 0, out_step = 1;
+
+  __host__ __device__ int window(int patch) const {
+    return taps == 0 ? 0 : (patch - 1) * step + taps;
+  }
+};
+
+// Kernel elements [first, first + taps) of a forward convolution.
+__host__ __device__ inline Axis forward_axis(int64_t source, int64_t outputs, int first, int taps,
+                                             int64_t stride, int64_t pad) {
+  const int s = static_cast<int>(stride);
+  return {source, outputs, taps, taps == 1 ? 1 : s, taps == 1 ? s : 1, first - pad};
+}
+
+// The input pixels x with (x + pad) % stride == phase: their gradient is a convolution of stride 1
+// over dy with the kernel's elements phase, phase + stride, ..., last one first.
+__host__ __device__ inline Axis dgrad_axis(int64_t input, int64_t output, int64_t kernel,
+                                           int64_t stride, int64_t pad, int64_t phase) {
+  const int64_t taps = phase < kernel ? (kernel - 1 - phase) / stride + 1 : 0;
+  const int64_t first = ((phase - pad) % stride + stride) % stride;
+  Axis axis{output, first < input ? (input - 1 - first) / stride + 1 : 0, static_cast<int>(taps), 1,
+            1,      (first + pad - phase) / stride - (taps - 1)};
+  axis.weight_first = static_cast<int>(phase + stride * (taps - 1));
+  axis.weight_step = static_cast<int>(-stride);
+  axis.out_first = static_cast<int>(first);
+  axis.out_step = static_cast<int>(stride);
+  return axis;
+}
+
+// A 1x1 convolution that moves no pixel works on [1, M, C], whatever the images.
+inline ConvShape flattened(ConvShape shape) {
+  const bool pointwise =
+      shape.kernel_height == 1 && shape.kernel_width == 1 && shape.stride_height == 1 &&
+      shape.stride_width == 1 && shape.input.height == shape.output.height &&
+      shape.input.width == shape.output.width && shape.pad_top == 0 && shape.pad_left == 0;
+  if (pointwise) {
+    shape.input = {1, 1, shape.input.pixels(), shape.input.channels};
+    shape.output = {1, 1, shape.output.pixels(), shape.output.channels};
+  }
+  return shape;
+}
+
+// The output pixels of a tile: columns run fastest. Several images only if each is there whole.
+struct Patch {
+  int images, rows, columns;
+
+  __host__ __device__ int pixels() const { return images * rows * columns; }
+  __host__ __device__ int window(const Axis& r, const Axis& c) const {
+    return images * r.window(rows) * c.window(columns);
+  }
+  __host__ __device__ int64_t tiles(int64_t all_images, const Axis& r, const Axis& c) const {
+    return ((all_images + images - 1) / images) * ((r.outputs + rows - 1) / rows) *
+           ((c.outputs + columns - 1) / columns);
+  }
+};
+
+// The patch of at most `most` pixels that does a convolution with the fewest pixels multiplied and
+// copied; r and c are the axes with the most taps and outputs.
+inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most, int most_window) {
+  Patch best{1, 1, 1};
+  double lowest = std::numeric_limits<double>::infinity();
+  for (int columns = 1; columns <= std::min<int64_t>(most, c.outputs); ++columns) {
+    const int64_t bands = ceil_div(r.outputs, std::min<int64_t>(most / columns, r.outputs));
+    Patch patch{1, static_cast<int>(ceil_div(r.outputs, bands)), columns};
+    if (patch.rows == r.outputs && columns == c.outputs)
+      patch.images = static_cast<int>(std::min<int64_t>(images, most / patch.pixels()));
+    if (patch.window(r, c) > most_window) continue;
+    const double cost =
+        static_cast<double>(patch.tiles(images, r, c)) * (most + patch.window(r, c));
+    if (cost < lowest) {
+      lowest = cost;
+      best = patch;
+    }
+  }
+  if (best.window(r, c) > most_window)
+    throw std::invalid_argument("weight: this kernel size does not fit into shared memory");
+  return best;
+}
+
+// The first pixel of a patch.
+struct Origin {
+  int64_t image, row, column;
+
+  PREACT_DEVICE Origin(int64_t tile, const Patch& patch, const Axis& r, const Axis& c) {
+    const int64_t across = (c.outputs + patch.columns - 1) / patch.columns;
+    const int64_t down = (r.outputs + patch.rows - 1) / patch.rows;
+    column = tile % across * patch.columns;
+    row = tile / across % down * patch.rows;
+    image = tile / across / down * patch.images;
+  }
+};
+
+// --- operands ------------------------------------------------------------------------------------
+
+// h = act(bn(u)), or u itself
+template <typename T, Activation kActivation>
+struct Activated {
+  static constexpr bool kTwo = false;
+  Channels channels;
+  const T* first;       // u [N, H, W, C]
+  const float* affine;  // [4, C] or null
+
+  PREACT_DEVICE bool plain() const { return !affine; }
+
+  struct Function {
+    Affine bn;
+    PREACT_DEVICE Function(const Activated& a, int64_t channel)
+        : bn(a.affine, a.channels, channel) {}
+    PREACT_DEVICE void operator()(Piece& v, const Piece&) const {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) v[j] = activate<kActivation>(bn.z(j, v[j]));
+    }
+  };
+};
+
+// dy of an OutputGrad
+template <typename T>
+struct Gradient {
+  static constexpr bool kTwo = true;
+  Channels channels;
+  const T* first;       // grad [N, P, Q, K]
+  const T* output;      // [N, P, Q, K] or null
+  const float* affine;  // [4, K]
+  const float* sums;    // [2, K] or null
+  float inverse_count;  // 1 / M
+
+  Gradient(const OutputGrad& g, const ImageShape& shape)
+      : channels(channels_of(shape.channels, {g.grad, g.output, g.affine, g.sums})),
+        first(static_cast<const T*>(g.grad)),
+        output(static_cast<const T*>(g.output)),
+        affine(static_cast<const float*>(g.affine)),
+        sums(static_cast<const float*>(g.sums)),
+        inverse_count(1.f / static_cast<float>(shape.pixels())) {}
+
+  PREACT_DEVICE bool plain() const { return !output; }
+
+  struct Function {
+    BnGrad bn;
+    PREACT_DEVICE Function(const Gradient& g, int64_t channel)
+        : bn(g.affine, g.sums, g.inverse_count, g.channels, channel) {}
+    PREACT_DEVICE void operator()(Piece& v, const Piece& u) const {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) v[j] = bn.du(j, v[j], u[j]);
+    }
+  };
+};
+
+// Elements from one row of a shared tile to the next: 16 bytes more, so that ldmatrix finds eight
+// rows in different banks.
+template <typename T>
+__host__ __device__ constexpr int pitch(int columns) {
+  return columns + 16 / static_cast<int>(sizeof(T));
+}
+
+template <typename T>
+PREACT_DEVICE void copy_piece(T* shared, const T* global) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
+    copy16(shared + i * 8 * 2 / static_cast<int>(sizeof(T)),
+           global + i * 8 * 2 / static_cast<int>(sizeof(T)));
+}
+
+template <typename T>
+PREACT_DEVICE void zero_piece(T* shared) {
+  const Piece zeros{};
+  write_piece(shared, zeros);
+}
+
+// A block's window of an operand: kPieces pieces of channels for each pixel, zero where the image
+// or the channels end. A thread transforms the pieces that it copied, so no barrier lies between.
+template <typename T, class Source, int kPieces>
+struct Window {
+  static constexpr int kPitch = pitch<T>(kPieces * kPiece);
+  static constexpr int kRowStep = kConvThreads / kPieces;
+  static constexpr int kMostPixels = kMostPiecesPerThread * kRowStep;
+
+  const Source& source;
+  const Axis& r;
+  const Axis& c;
+  const Patch& patch;
+  int64_t images;
+  int pixels;  // that are filled, from...
+  int window_rows, window_columns;
+  int column = static_cast<int>(threadIdx.x) % kPieces;
+  int first_pixel = static_cast<int>(threadIdx.x) / kPieces;
+  uint32_t inside = 0;  // which of this thread's pieces are not padding
+
+  PREACT_DEVICE Window(const Source& source, const Axis& r, const Axis& c, const Patch& patch,
+                       int64_t images, int least_pixels = 0)
+      : source(source),
+        r(r),
+        c(c),
+        patch(patch),
+        images(images),
+        pixels(patch.window(r, c)),
+        window_rows(r.window(patch.rows)),
+        window_columns(c.window(patch.columns)) {
+    if (pixels < least_pixels) pixels = least_pixels;
+  }
+
+  // Where window pixel w begins in the source, or -1 where it is padding.
+  PREACT_DEVICE int64_t offset(const Origin& o, int w) const {
+    const int n = w / (window_rows * window_columns);
+    const int i = w / window_columns % window_rows, j = w % window_columns;
+    const int64_t y = (o.row * r.step + i) * r.gather + r.offset;
+    const int64_t x = (o.column * c.step + j) * c.gather + c.offset;
+    const bool is_inside = n < patch.images && o.image + n < images && y >= 0 && y < r.source &&
+                           x >= 0 && x < c.source;
+    return is_inside ? (((o.image + n) * r.source + y) * c.source + x) * source.channels.count : -1;
+  }
+
+  // Starts the copies of channels from `channel` on. second is for a Source of two tensors.
+  PREACT_DEVICE void fetch(const Origin& o, int64_t channel, T* buffer, T* second) {
+    channel += column * kPiece;
+    const bool there = source.channels.valid(channel) > 0;
+    inside = 0;
+    int bit = 0;
+#pragma unroll 1
+    for (int w = first_pixel; w < pixels; w += kRowStep, ++bit) {
+      const int64_t from = there ? offset(o, w) : -1;
+      T* const to = buffer + w * kPitch + column * kPiece;
+      if (from < 0) {
+        zero_piece(to);
+        continue;
+      }
+      inside |= 1u << bit;
+      if (!source.channels.vectors) continue;
+      copy_piece(to, source.first + from + channel);
+      if constexpr (Source::kTwo)
+        if (source.output)
+          copy_piece(second + w * kPitch + column * kPiece, source.output + from + channel);
+    }
+  }
+
+  // Turns what fetch() copied into the operand; pieces that are no vectors are loaded here.
+  PREACT_DEVICE void transform(const Origin& o, int64_t channel, T* buffer, const T* second) {
+    channel += column * kPiece;
+    const int valid = source.channels.valid(channel);
+    const bool vectors = source.channels.vectors, plain = source.plain();
+    if (valid <= 0 || (vectors && plain)) return;
+    if (plain) {
+      int bit = 0;
+#pragma unroll 1
+      for (int w = first_pixel; w < pixels; w += kRowStep, ++bit) {
+        if (!(inside >> bit & 1)) continue;
+        Piece v;
+        load_piece(source.first + offset(o, w) + channel, valid, false, v);
+        write_piece(buffer + w * kPitch + column * kPiece, v);
+      }
+      return;
+    }
+    const typename Source::Function function(source, channel);
+    int bit = 0;
+#pragma unroll 1
+    for (int w = first_pixel; w < pixels; w += kRowStep, ++bit) {
+      if (!(inside >> bit & 1)) continue;
+      const int at = w * kPitch + column * kPiece;
+      Piece v, u{};
+      if (vectors) {
+        read_piece(buffer + at, v);
+        if constexpr (Source::kTwo) read_piece(second + at, u);
+      } else {
+        const int64_t from = offset(o, w) + channel;
+        load_piece(source.first + from, valid, false, v);
+        if constexpr (Source::kTwo) load_piece(source.output + from, valid, false, u);
+      }
+      function(v, u);
+      write_piece(buffer + at, v);
+    }
+  }
+};
+
+// Where each pixel of a patch has its first tap in the window; pixels beyond the patch read pixel
+// 0.
+PREACT_DEVICE void fill_row_table(int* table, int rows, const Patch& patch, const Axis& r,
+                                  const Axis& c, int row_pitch) {
+  const int window_rows = r.window(patch.rows), window_columns = c.window(patch.columns);
+  for (int m = static_cast<int>(threadIdx.x); m < rows; m += kConvThreads) {
+    const int n = m / (patch.rows * patch.columns);
+    const int i = m / patch.columns % patch.rows, j = m % patch.columns;
+    const int w = (n * window_rows + i * r.step) * window_columns + j * c.step;
+    table[m] = m < patch.pixels() ? w * row_pitch : 0;
+  }
+}
+
+// Copies W[k0 : k0 + kRows, c0 : c0 + kColumns] of one tap into shared memory, zero beyond the end.
+template <typename T, int kRows, int kColumns>
+PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
+                                 const Channels& channels, int64_t k0, int64_t c0, int tap_row,
+                                 int tap_column, T* shared) {
+  constexpr int kPieces = kColumns / kPiece;
+  const T* const tap =
+      static_cast<const T*>(weight.data) + tap_row * weight.stride_r + tap_column * weight.stride_s;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kConvThreads) {
+    const int64_t k = k0 + i / kPieces, first = c0 + i % kPieces * kPiece;
+    const int valid = k < output_channels ? channels.valid(first) : 0;
+    T* const to = shared + i / kPieces * pitch<T>(kColumns) + i % kPieces * kPiece;
+    const T* const from = tap + k * weight.stride_k + first * weight.stride_c;
+    if (valid <= 0) {
+      zero_piece(to);
+    } else if (channels.vectors) {
+      copy_piece(to, from);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j)
+        to[j] = j < valid ? load(from + j * weight.stride_c) : narrow<T>(0.f);
+    }
+  }
+}
+
+// Whether fetch_weights() may copy vectors.
+inline Channels weight_channels(const Weight& w, int64_t count) {
+  Channels channels = channels_of(count, {w.data});
+  channels.vectors = channels.vectors && w.stride_c == 1 && w.stride_k % kPiece == 0 &&
+                     w.stride_r % kPiece == 0 && w.stride_s % kPiece == 0;
+  return channels;
+}
+
+// --- multiplication ------------------------------------------------------------------------------
+
+// A warp's c[16 * kM, 8 * kN] += a[16 * kM, 16] b[16, 8 * kN], the columns from `live` on left out.
+// a_at(m, k) and b_at(n, k) point into shared memory; transposed means that m, or n, runs fastest
+// there, else k does. Thread l has c[..][2 * h + e] at row l / 4 + 8 * h, column l % 4 * 2 + e.
+template <typename T, bool kATransposed, bool kBTransposed, int kM, int kN, typename A, typename B>
+PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, const B& b_at) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if constexpr (sizeof(T) == 2) {
+    const int low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      if constexpr (kATransposed)
+        load_matrices_transposed(a[m], a_at(16 * m + middle, low + high));
+      else
+        load_matrices(a[m], a_at(16 * m + low + middle, high));
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      if (8 * n >= live) break;
+      uint32_t b[4];
+      if constexpr (kBTransposed)
+        load_matrices_transposed(b, b_at(8 * n + high, low + middle));
+      else
+        load_matrices(b, b_at(8 * n + low + high, middle));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        matrix_multiply(c[m][n], a[m], b[0], b[1], T{});
+        matrix_multiply(c[m][n + 1], a[m], b[2], b[3], T{});
+      }
+    }
+  } else {
+#pragma unroll 4
+    for (int k = 0; k < 16; ++k) {
+      float a[kM][2];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) a[m][h] = *a_at(16 * m + lane / 4 + 8 * h, k);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        if (8 * n >= live) break;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float b = *b_at(8 * n + lane % 4 * 2 + e, k);
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) c[m][n][2 * h + e] = fmaf(a[m][h], b, c[m][n][2 * h + e]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace preact::cuda

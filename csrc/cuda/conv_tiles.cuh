@@ -1,0 +1,242 @@
+// The kernel body of preact_conv_forward and preact_conv_dgrad: tiles of 128 pixels by 64 channels.
+//
+// Blocks stay: each walks over tiles of the same 64 channels, with the weights resident in shared
+// memory where they are small. A step is 32 source channels and up to three taps in one row of the
+// kernel; while it is multiplied, the copies of the next one are under way.
+#pragma once
+
+#include "conv.cuh"
+
+namespace preact::cuda {
+
+constexpr int kTilePixels = 128;
+constexpr int kTileChannels = 64;
+constexpr int kChunk = 32;  // source channels of a step
+constexpr int kTapsPerStep = 3;
+constexpr int kStagePitch = kTileChannels + 8;  // floats: no bank conflicts from mma's layout
+constexpr int64_t kResidentBytes = 48 * 1024;   // of weights that stay
+
+// Shared memory, in bytes from its start; the table of rows comes first.
+constexpr int kAxesAt = kTilePixels * static_cast<int>(sizeof(int));
+struct SharedLayout {
+  int64_t weights, windows, window_bytes, second, streamed, total;
+  bool resident;  // all weights at `weights`, else those of two steps at `streamed`
+};
+
+struct ConvTiling {
+  int64_t images;
+  Patch patch;
+  Channels weights;         // C, and whether weights are copied as vectors
+  int64_t output_channels;  // K of the weight
+  SharedLayout shared;
+};
+
+// Steps that a row of `taps` is cut into, and the taps that each has room for.
+__host__ __device__ constexpr int steps_across(int taps) {
+  return (taps + kTapsPerStep - 1) / kTapsPerStep;
+}
+__host__ __device__ constexpr int taps_of_step(int taps) {
+  return taps < kTapsPerStep ? taps : kTapsPerStep;
+}
+
+// A shared tile of weights for one tap: forward [64 of K, 32 of C], dgrad [32 of K, 64 of C].
+template <typename T, bool kDgrad>
+constexpr int kWeightTile =
+    (kDgrad ? kChunk : kTileChannels) * pitch<T>(kDgrad ? kTileChannels : kChunk);
+
+template <typename T, bool kDgrad>
+SharedLayout shared_layout(int window_pixels, bool two, int taps_down, int taps_across,
+                           int64_t source_channels) {
+  constexpr int64_t kBytes = sizeof(T);
+  const int64_t step = int64_t{taps_of_step(taps_across)} * kWeightTile<T, kDgrad> * kBytes;
+  const int64_t all =
+      step * taps_down * steps_across(taps_across) * ceil_div(source_channels, kChunk);
+  SharedLayout layout{};
+  layout.resident = all <= kResidentBytes;
+  layout.weights = kAxesAt + 128;
+  layout.windows = layout.weights + (layout.resident ? all : 0);
+  layout.window_bytes = int64_t{window_pixels} * pitch<T>(kChunk) * kBytes;
+  layout.second = layout.windows + 2 * layout.window_bytes;
+  layout.streamed = layout.second + (two ? layout.window_bytes : 0);
+  const int64_t end = layout.streamed + (layout.resident ? 0 : 2 * step);
+  // The tile of results and the reduction come when nobody needs the windows any more.
+  const int64_t stage = kTilePixels * kStagePitch * static_cast<int64_t>(sizeof(float));
+  layout.total = std::max(end, layout.windows + stage);
+  return layout;
+}
+
+// The tiling of a convolution over the axes r and c (with the most taps and outputs of any phase)
+// and the grid for it: x the tiles, neighbours with the same pixels, z the phases.
+template <typename T, bool kDgrad>
+std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, int64_t images, const Axis& r,
+                                      const Axis& c, const Weight& weight, int64_t input_channels,
+                                      int64_t output_channels, bool two, int phases) {
+  ConvTiling tiling{images, {}, weight_channels(weight, input_channels), output_channels, {}};
+  const int64_t source_channels = kDgrad ? output_channels : input_channels;
+  const int64_t result_channels = kDgrad ? input_channels : output_channels;
+  const auto layout = [&](int pixels) {
+    return shared_layout<T, kDgrad>(pixels, two, r.taps, c.taps, source_channels);
+  };
+  const int64_t most_bytes = most_shared_bytes(runtime.device), empty = layout(0).streamed;
+  const int64_t streamed = layout(0).resident ? 0 : layout(0).total - empty;
+  const int64_t pixel_bytes = (two ? 3 : 2) * pitch<T>(kChunk) * static_cast<int64_t>(sizeof(T));
+  const int64_t most_window =
+      std::min<int64_t>((most_bytes - empty - streamed) / pixel_bytes,
+                        kMostPiecesPerThread * kConvThreads / (kChunk / kPiece));
+  tiling.patch = choose_patch(images, r, c, kTilePixels, static_cast<int>(most_window));
+  tiling.shared = layout(tiling.patch.window(r, c));
+
+  constexpr int64_t kMostBlocksPerMultiprocessor = 3;
+  const int64_t blocks_per_multiprocessor =
+      std::clamp<int64_t>(most_bytes / tiling.shared.total, 1, kMostBlocksPerMultiprocessor);
+  const int64_t tiles_across = ceil_div(result_channels, kTileChannels);
+  const int64_t resident = blocks_per_multiprocessor * multiprocessors(runtime.device);
+  const int64_t blocks =
+      std::clamp<int64_t>(resident / (tiles_across * phases), 1, tiling.patch.tiles(images, r, c));
+  return {tiling, {static_cast<unsigned>(blocks * tiles_across), 1, static_cast<unsigned>(phases)}};
+}
+
+// Runs the tiles of one block. An Epilogue::Thread stores one piece of channels of one pixel of the
+// result, [N, height, width, channels], at a time, and reduces what it stores.
+template <typename T, bool kDgrad, class Source, class Epilogue, typename Reduced>
+PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axis& c,
+                              const Source& source, const Weight& weight, const Channels& result,
+                              int64_t height, int64_t width, const Epilogue& epilogue,
+                              const ReductionMemory& memory, const Reduced& reduced) {
+  constexpr int kPitch = pitch<T>(kChunk);
+  constexpr int kM = 2, kN = 8;  // a warp has 32 pixels by 64 channels
+  constexpr int kWeightPitch = pitch<T>(kDgrad ? kTileChannels : kChunk);
+  const SharedLayout& layout = tiling.shared;
+  unsigned char* const shared = shared_memory();
+  int* const table = reinterpret_cast<int*>(shared);
+  T* const all_weights = reinterpret_cast<T*>(shared + layout.weights);
+  T* const streamed = reinterpret_cast<T*>(shared + layout.streamed);
+  T* const second = reinterpret_cast<T*>(shared + layout.second);
+  float* const stage = reinterpret_cast<float*>(shared + layout.windows);
+  const auto window_at = [&](int chunk) {
+    return reinterpret_cast<T*>(shared + layout.windows + chunk % 2 * layout.window_bytes);
+  };
+
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int tiles_across = static_cast<int>((result.count + kTileChannels - 1) / kTileChannels);
+  const int64_t first_channel = int64_t{blockIdx.x} % tiles_across * kTileChannels;
+  const int block = static_cast<int>(blockIdx.x) / tiles_across;
+  const int blocks = static_cast<int>(gridDim.x) / tiles_across;
+  const int64_t channels_left = result.count - first_channel;
+  const int live = channels_left < kTileChannels ? static_cast<int>(channels_left) : kTileChannels;
+  const int live_pieces = (live + kPiece - 1) / kPiece;
+  const int chunks = static_cast<int>((source.channels.count + kChunk - 1) / kChunk);
+  const int across = steps_across(c.taps), steps_of_chunk = r.taps * across;
+  const int steps = chunks * steps_of_chunk;
+
+  const auto fetch_step_weights = [&](int step, T* to) {
+    const int64_t chunk = int64_t{step / steps_of_chunk} * kChunk;
+    const int row = r.weight_first + step % steps_of_chunk / across * r.weight_step;
+    const int first = step % across * kTapsPerStep;
+    for (int t = first; t < c.taps && t < first + kTapsPerStep; ++t) {
+      const int column = c.weight_first + t * c.weight_step;
+      T* const tile = to + (t - first) * kWeightTile<T, kDgrad>;
+      if constexpr (kDgrad)
+        fetch_weights<T, kChunk, kTileChannels>(weight, tiling.output_channels, tiling.weights,
+                                                chunk, first_channel, row, column, tile);
+      else
+        fetch_weights<T, kTileChannels, kChunk>(weight, tiling.output_channels, tiling.weights,
+                                                first_channel, chunk, row, column, tile);
+    }
+  };
+  const auto step_weights = [&](int step) {
+    const int slot = layout.resident ? step : step % 2;
+    return (layout.resident ? all_weights : streamed) +
+           slot * taps_of_step(c.taps) * kWeightTile<T, kDgrad>;
+  };
+
+  fill_row_table(table, kTilePixels, tiling.patch, r, c, kPitch);
+  if (layout.resident)
+    for (int step = 0; step < steps; ++step) fetch_step_weights(step, step_weights(step));
+
+  Window<T, Source, kChunk / kPiece> window(source, r, c, tiling.patch, tiling.images);
+  const int column = thread % live_pieces, row = thread / live_pieces;
+  const int rows = kConvThreads / live_pieces;
+  const int64_t my_channel = first_channel + column * kPiece;
+  typename Epilogue::Thread mine(epilogue, my_channel);
+
+  const int64_t tiles = tiling.patch.tiles(tiling.images, r, c);
+  for (int64_t tile = block; tile < tiles; tile += blocks) {
+    const Origin origin(tile, tiling.patch, r, c);
+    const auto fetch = [&](int step) {
+      const int chunk = step / steps_of_chunk;
+      if (step % steps_of_chunk == 0)
+        window.fetch(origin, int64_t{chunk} * kChunk, window_at(chunk), second);
+      if (!layout.resident) fetch_step_weights(step, step_weights(step));
+    };
+
+    float sums[kM][kN][4] = {};
+    if (steps > 0) fetch(0);
+    for (int step = 0; step < steps; ++step) {
+      const int chunk = step / steps_of_chunk, tap_row = step % steps_of_chunk / across;
+      const int first_tap = step % across * kTapsPerStep;
+      copies_wait();
+      if (step % steps_of_chunk == 0)
+        window.transform(origin, int64_t{chunk} * kChunk, window_at(chunk), second);
+      __syncthreads();
+      if (step + 1 < steps) fetch(step + 1);
+
+      const int64_t source_left = source.channels.count - int64_t{chunk} * kChunk;
+      const T* const taps =
+          window_at(chunk) + (tap_row * window.window_columns + first_tap) * kPitch;
+      for (int t = 0; t < kTapsPerStep && first_tap + t < c.taps; ++t) {
+        const T* const weights = step_weights(step) + t * kWeightTile<T, kDgrad>;
+#pragma unroll
+        for (int k0 = 0; k0 < kChunk; k0 += 16) {
+          if (k0 >= source_left) break;
+          multiply<T, false, kDgrad>(
+              sums, live,
+              [&](int m, int k) { return taps + table[warp * 32 + m] + t * kPitch + k0 + k; },
+              [&](int n, int k) {
+                return kDgrad ? weights + (k0 + k) * kWeightPitch + n
+                              : weights + n * kWeightPitch + k0 + k;
+              });
+        }
+      }
+    }
+
+    __syncthreads();  // the stage lies where the windows were
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float* const at =
+              stage + (warp * 32 + 16 * m + 8 * h + lane / 4) * kStagePitch + 8 * n + lane % 4 * 2;
+          *reinterpret_cast<float2*>(at) = make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]);
+        }
+    __syncthreads();
+    mine.begin_tile(my_channel);
+    if (row < rows)
+#pragma unroll 1
+      for (int m = row; m < tiling.patch.pixels(); m += rows) {
+        const int64_t n = origin.image + m / (tiling.patch.rows * tiling.patch.columns);
+        const int64_t i = origin.row + m / tiling.patch.columns % tiling.patch.rows;
+        const int64_t j = origin.column + m % tiling.patch.columns;
+        if (n >= tiling.images || i >= r.outputs || j >= c.outputs) continue;
+        const int64_t y = r.out_first + i * r.out_step, x = c.out_first + j * c.out_step;
+        Piece v;
+        read_piece(stage + m * kStagePitch + column * kPiece, v);
+        mine.store(((n * height + y) * width + x) * result.count + my_channel, v);
+      }
+    __syncthreads();  // the next tile's windows lie where the stage was
+  }
+
+  if (!memory.partial) return;
+  const Reduction reduction{memory.partial,
+                            memory.tickets + blockIdx.x % tiles_across,
+                            result.count,
+                            blocks * static_cast<int>(gridDim.z),
+                            block + blocks * static_cast<int>(blockIdx.z),
+                            first_channel,
+                            live_pieces * kPiece};
+  reduce(reduction, mine.reduced, column, row, rows, stage, reduced);
+}
+
+}  // namespace preact::cuda

@@ -1,0 +1,54 @@
+// Host side of every launcher: which instance of a kernel runs, on how many blocks.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <stdexcept>
+
+#include "../preact.h"
+#include "piece.cuh"
+
+namespace preact::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Pieces are vectors where every pointer and every row of channels lies at a multiple of 16 bytes.
+inline Channels channels_of(int64_t count, std::initializer_list<const void*> pointers) {
+  bool vectors = count % kPiece == 0;
+  for (const void* p : pointers) vectors = vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return {count, vectors};
+}
+
+// Calls f.operator()<T, activation>().
+template <typename F>
+void dispatch(Dtype dtype, Activation activation, F&& f) {
+  const auto with = [&]<typename T>(T) {
+    if (activation == Activation::kRelu)
+      f.template operator()<T, Activation::kRelu>();
+    else
+      f.template operator()<T, Activation::kSilu>();
+  };
+  if (dtype == Dtype::kFloat32) return with(float{});
+  if (dtype == Dtype::kBFloat16) return with(bf16{});
+  if (dtype == Dtype::kFloat16) return with(f16{});
+  throw std::invalid_argument("input: expected float32, bfloat16 or float16");
+}
+
+// Memory for partial results of `groups` reductions of `parts` blocks, with tickets at zero.
+struct ReductionMemory {
+  float* partial = nullptr;
+  int* tickets = nullptr;
+
+  ReductionMemory() = default;
+  ReductionMemory(const CudaRuntime& runtime, int values, int64_t parts, int64_t channels,
+                  int64_t groups) {
+    const int64_t ticket_bytes = ceil_div(groups * static_cast<int64_t>(sizeof(int)), 16) * 16;
+    const int64_t bytes = parts * values * channels * static_cast<int64_t>(sizeof(float));
+    void* const memory = runtime.allocate(ticket_bytes + bytes, runtime.context);
+    tickets = static_cast<int*>(memory);
+    partial = reinterpret_cast<float*>(static_cast<char*>(memory) + ticket_bytes);
+    zero(tickets, ticket_bytes, runtime.device, runtime.stream);
+  }
+};
+
+}  // namespace preact::cuda

@@ -1,0 +1,131 @@
+// Eight neighbouring channels, the unit that every kernel loads, computes and stores.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace preact::cuda {
+
+constexpr int kPiece = 8;
+using Piece = float[kPiece];
+
+// How a tensor's channels are cut into pieces.
+struct Channels {
+  int64_t count;
+  bool vectors;  // every piece is whole and lies at a multiple of 16 bytes
+
+  __host__ __device__ int pieces() const { return static_cast<int>((count + kPiece - 1) / kPiece); }
+  // how many channels the piece from `first` has, at most 8; may be negative beyond the last one
+  __host__ __device__ int valid(int64_t first) const {
+    const int64_t left = count - first;
+    return left < kPiece ? static_cast<int>(left) : kPiece;
+  }
+};
+
+PREACT_DEVICE void widen_piece(const Bytes16& raw, Piece& v, bf16) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    v[2 * j] = widen(bf16{static_cast<uint16_t>(raw.word[j])});
+    v[2 * j + 1] = widen(bf16{static_cast<uint16_t>(raw.word[j] >> 16)});
+  }
+}
+PREACT_DEVICE void widen_piece(const Bytes16& raw, Piece& v, f16) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    v[2 * j] = widen(f16{static_cast<uint16_t>(raw.word[j])});
+    v[2 * j + 1] = widen(f16{static_cast<uint16_t>(raw.word[j] >> 16)});
+  }
+}
+
+template <typename T>
+PREACT_DEVICE Bytes16 narrow_piece(const Piece& v) {
+  Bytes16 raw;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) raw.word[j] = narrow_pair(v[2 * j], v[2 * j + 1], T{});
+  return raw;
+}
+
+template <typename T>
+PREACT_DEVICE T narrow(float x) {
+  return {static_cast<uint16_t>(narrow_pair(x, x, T{}))};
+}
+template <>
+PREACT_DEVICE float narrow<float>(float x) {
+  return x;
+}
+
+// As a kernel that reads v again will see it.
+template <typename T>
+PREACT_DEVICE void round_piece(Piece& v) {
+  if constexpr (sizeof(T) == 2) widen_piece(narrow_piece<T>(v), v, T{});
+}
+
+// A piece in global memory; channels that are not there read as 0.
+template <typename T>
+PREACT_DEVICE void load_piece(const T* p, int valid, bool vectors, Piece& v) {
+  if (vectors) {
+    if constexpr (sizeof(T) == 2) {
+      widen_piece(load16(p), v, T{});
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Bytes16 raw = load16(p + 4 * half);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[4 * half + j] = __uint_as_float(raw.word[j]);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kPiece; ++j) v[j] = j < valid ? widen(load(p + j)) : 0.f;
+}
+
+template <typename T>
+PREACT_DEVICE void store_piece(T* p, int valid, bool vectors, const Piece& v) {
+  if (vectors) {
+    if constexpr (sizeof(T) == 2) {
+      store16(p, narrow_piece<T>(v));
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Bytes16 raw;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) raw.word[j] = __float_as_uint(v[4 * half + j]);
+        store16(p + 4 * half, raw);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kPiece; ++j)
+    if (j < valid) store(p + j, narrow<T>(v[j]));
+}
+
+// A whole, aligned piece in shared memory.
+template <typename T>
+PREACT_DEVICE void read_piece(const T* shared, Piece& v) {
+  const Bytes16* const raw = reinterpret_cast<const Bytes16*>(shared);
+  if constexpr (sizeof(T) == 2) {
+    widen_piece(raw[0], v, T{});
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) v[j] = __uint_as_float(raw[j / 4].word[j % 4]);
+  }
+}
+
+template <typename T>
+PREACT_DEVICE void write_piece(T* shared, const Piece& v) {
+  Bytes16* const raw = reinterpret_cast<Bytes16*>(shared);
+  if constexpr (sizeof(T) == 2) {
+    raw[0] = narrow_piece<T>(v);
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Bytes16 out;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out.word[j] = __float_as_uint(v[4 * half + j]);
+      raw[half] = out;
+    }
+  }
+}
+
+}  // namespace preact::cuda

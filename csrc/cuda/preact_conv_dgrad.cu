@@ -1,0 +1,114 @@
+// preact_conv_dgrad: g = (dgrad(dy, W) + addend) * act'(z),  S1 = sum g,
+//   S2 = sum g * (u - mean) * rstd;  dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
+// Reads g', u' [M', K] once for each 64 input channels (from the cache after the first) with the
+// halo of its patches, u, addend [M, C], the weights; writes g [M, C]. FLOPs 2*M'*K*C*R*S.
+//
+// The pixels of u with the same place in the stride's grid (its phase) are reached by the same
+// taps: each phase, blockIdx.z, is a convolution of stride 1 over dy.
+#include "conv_tiles.cuh"
+
+namespace preact {
+namespace cuda {
+namespace {
+
+template <typename T, Activation kActivation>
+struct DgradEpilogue {
+  Channels channels;
+  const T* addend;      // [M, C] or null
+  const T* input;       // u [M, C]
+  const float* affine;  // [4, C] or null: g = dh + addend
+  T* g;                 // [M, C]
+
+  struct Thread {
+    const DgradEpilogue& e;
+    int valid;
+    Affine bn;
+    PieceSums reduced;
+
+    PREACT_DEVICE Thread(const DgradEpilogue& e, int64_t channel)
+        : e(e), valid(e.channels.valid(channel)) {}
+    PREACT_DEVICE void begin_tile(int64_t channel) {
+      if (e.affine) bn = Affine(e.affine, e.channels, channel);
+    }
+    PREACT_DEVICE void store(int64_t offset, Piece& v) {
+      const bool vectors = e.channels.vectors;
+      if (e.addend) {
+        Piece added;
+        load_piece(e.addend + offset, valid, vectors, added);
+#pragma unroll
+        for (int j = 0; j < kPiece; ++j) v[j] += added[j];
+      }
+      if (!e.affine) return store_piece(e.g + offset, valid, vectors, v);
+      Piece u;
+      load_piece(e.input + offset, valid, vectors, u);
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) v[j] *= slope<kActivation>(bn.z(j, u[j]));
+      store_piece(e.g + offset, valid, vectors, v);
+      round_piece<T>(v);
+      reduced.add(v, u, bn.mean);
+    }
+  };
+};
+
+template <typename T, Activation kActivation>
+__global__ __launch_bounds__(kConvThreads) void preact_conv_dgrad_kernel(
+    const ConvTiling tiling, const ConvShape s, const Gradient<T> source, const Weight weight,
+    const DgradEpilogue<T, kActivation> epilogue, const ReductionMemory memory,
+    float* sums) {  // [2, C] or null
+  const int64_t c = epilogue.channels.count;
+  // In shared memory, since what depends on the block would take registers in every loop.
+  Axis* const axes = reinterpret_cast<Axis*>(shared_memory() + kAxesAt);
+  static_assert(2 * sizeof(Axis) <= 128);
+  if (threadIdx.x == 0) {
+    axes[0] = dgrad_axis(s.input.height, s.output.height, s.kernel_height, s.stride_height,
+                         s.pad_top, blockIdx.z / s.stride_width);
+    axes[1] = dgrad_axis(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left,
+                         blockIdx.z % s.stride_width);
+  }
+  __syncthreads();
+  conv_tiles<T, true>(tiling, axes[0], axes[1], source, weight, epilogue.channels, s.input.height,
+                      s.input.width, epilogue, memory, [&](int64_t i, const Sums& total) {
+                        store(sums + i, total.s1);
+                        store(sums + c + i, total.s2 * load(epilogue.affine + c + i));
+                      });
+}
+
+// The most taps and outputs that a phase has along an axis.
+Axis most_of(int64_t input, int64_t output, int64_t kernel, int64_t stride, int64_t pad) {
+  Axis most = dgrad_axis(input, output, kernel, stride, pad, 0);
+  for (int64_t phase = 1; phase < stride; ++phase)
+    most.outputs =
+        std::max(most.outputs, dgrad_axis(input, output, kernel, stride, pad, phase).outputs);
+  return most;
+}
+
+}  // namespace
+}  // namespace cuda
+
+void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
+  using namespace cuda;
+  const ConvShape s = flattened(op.shape);
+  const int64_t images = s.input.images, c = s.input.channels, k = s.output.channels;
+  const Axis rows =
+      most_of(s.input.height, s.output.height, s.kernel_height, s.stride_height, s.pad_top);
+  const Axis columns =
+      most_of(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left);
+  const int phases = static_cast<int>(s.stride_height * s.stride_width);
+  dispatch(op.dtype, op.activation, [&]<typename T, Activation kActivation>() {
+    const Gradient<T> source(op.grad, op.shape.output);
+    const auto [tiling, grid] = tile_conv<T, true>(runtime, images, rows, columns, op.weight, c, k,
+                                                   op.grad.output != nullptr, phases);
+    const int64_t parts = grid.x / ceil_div(c, kTileChannels) * phases;
+    ReductionMemory memory;
+    if (op.sums) memory = {runtime, Sums::kValues, parts, c, ceil_div(c, kTileChannels)};
+    const DgradEpilogue<T, kActivation> epilogue{
+        channels_of(c, {op.addend, op.input, op.affine, op.g}), static_cast<const T*>(op.addend),
+        static_cast<const T*>(op.input), static_cast<const float*>(op.affine),
+        static_cast<T*>(op.g)};
+    launch("preact_conv_dgrad", preact_conv_dgrad_kernel<T, kActivation>, grid, kConvThreads,
+           tiling.shared.total, runtime.device, runtime.stream, tiling, s, source, op.weight,
+           epilogue, memory, static_cast<float*>(op.sums));
+  });
+}
+
+}  // namespace preact

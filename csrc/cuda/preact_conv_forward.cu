@@ -1,0 +1,83 @@
+// preact_conv_forward: y = conv(h, W) + residual, h = act(scale * (u - mean) + shift), and the mean
+// and variance of y.
+// Reads u [M, C] once for each 64 output channels (from the cache after the first) with the halo of
+// its patches, the residual [M', K], the weights; writes y [M', K]. FLOPs 2*M'*K*C*R*S.
+#include "conv_tiles.cuh"
+
+namespace preact {
+namespace cuda {
+namespace {
+
+template <typename T>
+struct ForwardEpilogue {
+  Channels channels;
+  const T* residual;  // [M', K] or null
+  T* output;          // [M', K]
+
+  struct Thread {
+    const ForwardEpilogue& e;
+    int valid;
+    PieceMoments reduced;
+
+    PREACT_DEVICE Thread(const ForwardEpilogue& e, int64_t channel)
+        : e(e), valid(e.channels.valid(channel)) {}
+    PREACT_DEVICE void begin_tile(int64_t) {}
+    PREACT_DEVICE void store(int64_t offset, Piece& v) {
+      if (e.residual) {
+        Piece added;
+        load_piece(e.residual + offset, valid, e.channels.vectors, added);
+#pragma unroll
+        for (int j = 0; j < kPiece; ++j) v[j] += added[j];
+      }
+      store_piece(e.output + offset, valid, e.channels.vectors, v);
+      round_piece<T>(v);
+      reduced.add(v);
+    }
+  };
+};
+
+template <typename T, Activation kActivation>
+__global__ __launch_bounds__(kConvThreads) void preact_conv_forward_kernel(
+    const ConvTiling tiling, const Axis rows, const Axis columns,
+    const Activated<T, kActivation> source, const Weight weight, const ForwardEpilogue<T> epilogue,
+    const ReductionMemory memory,
+    float* stats) {  // [2, K] or null
+  const int64_t k = tiling.output_channels;
+  const float pixels = static_cast<float>(tiling.images * rows.outputs * columns.outputs);
+  conv_tiles<T, false>(tiling, rows, columns, source, weight, epilogue.channels, rows.outputs,
+                       columns.outputs, epilogue, memory, [&](int64_t c, const Moments& total) {
+                         store(stats + c, total.mean());
+                         store(stats + k + c, total.squares / pixels);
+                       });
+}
+
+}  // namespace
+}  // namespace cuda
+
+void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op) {
+  using namespace cuda;
+  const ConvShape s = flattened(op.shape);
+  const int64_t images = s.input.images, c = s.input.channels, k = s.output.channels;
+  const Axis rows = forward_axis(s.input.height, s.output.height, 0,
+                                 static_cast<int>(s.kernel_height), s.stride_height, s.pad_top);
+  const Axis columns = forward_axis(s.input.width, s.output.width, 0,
+                                    static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
+  dispatch(op.dtype, op.activation, [&]<typename T, Activation kActivation>() {
+    const auto [tiling, grid] =
+        tile_conv<T, false>(runtime, images, rows, columns, op.weight, c, k, false, 1);
+    const int64_t parts = grid.x / ceil_div(k, kTileChannels);
+    ReductionMemory memory;
+    if (op.stats) memory = {runtime, Moments::kValues, parts, k, ceil_div(k, kTileChannels)};
+    const Activated<T, kActivation> source{channels_of(c, {op.input, op.affine}),
+                                           static_cast<const T*>(op.input),
+                                           static_cast<const float*>(op.affine)};
+    const ForwardEpilogue<T> epilogue{channels_of(k, {op.residual, op.output}),
+                                      static_cast<const T*>(op.residual),
+                                      static_cast<T*>(op.output)};
+    launch("preact_conv_forward", preact_conv_forward_kernel<T, kActivation>, grid, kConvThreads,
+           tiling.shared.total, runtime.device, runtime.stream, tiling, rows, columns, source,
+           op.weight, epilogue, memory, static_cast<float*>(op.stats));
+  });
+}
+
+}  // namespace preact

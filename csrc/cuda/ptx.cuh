@@ -1,0 +1,175 @@
+// The few instructions that C++ has no words for, and the CUDA runtime calls of a launch. Nothing
+// else in this folder depends on the device: tests/cuda_emulator has a host twin of all below.
+#pragma once
+
+#include <cstdint>
+
+#define PREACT_DEVICE __device__ __forceinline__
+
+namespace preact::cuda {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+struct alignas(16) Bytes16 {
+  uint32_t word[4];
+};
+
+}  // namespace preact::cuda
+
+#ifndef __CUDACC__
+#include "emulator.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace preact::cuda {
+
+// --- numbers -------------------------------------------------------------------------------------
+
+PREACT_DEVICE float widen(float x) { return x; }
+PREACT_DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+PREACT_DEVICE float widen(f16 x) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x.bits));
+  return out;
+}
+
+// Two neighbours in memory, to nearest even; low comes first.
+PREACT_DEVICE uint32_t narrow_pair(float low, float high, bf16) {
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+PREACT_DEVICE uint32_t narrow_pair(float low, float high, f16) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+// --- memory --------------------------------------------------------------------------------------
+
+PREACT_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+// Of an operator's input, which no kernel writes meanwhile.
+template <typename T>
+PREACT_DEVICE Bytes16 load16(const T* p) {
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+PREACT_DEVICE float load(const float* p) { return __ldg(p); }
+PREACT_DEVICE bf16 load(const bf16* p) { return {__ldg(&p->bits)}; }
+PREACT_DEVICE f16 load(const f16* p) { return {__ldg(&p->bits)}; }
+
+// Of what other blocks of this launch have written.
+PREACT_DEVICE float load_fresh(const float* p) { return __ldcg(p); }
+
+template <typename T>
+PREACT_DEVICE void store16(T* p, const Bytes16& v) {
+  *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+template <typename T>
+PREACT_DEVICE void store(T* p, T v) {
+  *p = v;
+}
+
+// Copies 16 bytes from global into shared memory; there after copies_wait by the same thread.
+PREACT_DEVICE void copy16(void* shared, const void* global) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+PREACT_DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+PREACT_DEVICE int count_arrival(int* ticket) { return atomicAdd(ticket, 1); }
+
+// --- tensor cores --------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
+PREACT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address));
+}
+PREACT_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address));
+}
+
+// c[16, 8] += a[16, 16] b[16, 8], spread over a warp as PTX has it for mma.m16n8k16.
+PREACT_DEVICE void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   bf16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+PREACT_DEVICE void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   f16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --- launches ------------------------------------------------------------------------------------
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("fused_preact: ") + what + ": " + cudaGetErrorString(error));
+}
+
+inline int device_attribute(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int multiprocessors(int device) {
+  return device_attribute(device, cudaDevAttrMultiProcessorCount);
+}
+inline int64_t most_shared_bytes(int device) {
+  return device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+inline void zero(void* memory, int64_t bytes, int device, void* stream) {
+  check(cudaSetDevice(device), "cudaSetDevice");
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
+        "cudaMemsetAsync");
+}
+
+struct Grid {
+  unsigned x, y = 1, z = 1;
+};
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
+            int64_t shared_bytes, int device, void* stream, const Arguments&... arguments) {
+  check(cudaSetDevice(device), name);
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.x, grid.y, grid.z);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+}  // namespace preact::cuda
+
+#endif

@@ -1,0 +1,208 @@
+// The operators fused_preact::*, the same for every device: schemas, checks, allocation, and the
+// call of the launcher. The arguments and results are those of fused_preact/reference.py.
+//
+// A Device is made for a call, of a tensor that lives there. It has runs(dtype), kDtypes (their
+// names) and runtime(), what the launchers of preact.h take first.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "arguments.h"
+
+namespace preact {
+
+inline void bn_affine(const Runtime&, Dtype accumulator, int64_t channels, const void* stats,
+                      const void* weight, const void* bias, double eps, void* affine) {
+  bn_affine(accumulator, channels, stats, weight, bias, eps, affine);
+}
+
+template <class Device>
+struct Operators {
+  static Tensor bn_stats(const Tensor& input) {
+    const Dtype dtype = dtype_of<Device>(input);
+    const ImageShape shape = image_shape(input);
+    const Tensor u = activation("input", input, input, shape);
+    const Tensor stats = new_vectors(input, 2, shape.channels);
+    Device device(input);
+    preact::bn_stats(device.runtime(), dtype, shape, data(u), mutable_data(stats));
+    return stats;
+  }
+
+  static Tensor bn_affine(const Tensor& stats, const OptionalTensor& weight,
+                          const OptionalTensor& bias, double eps) {
+    const Sizes sizes = sizes_of(stats);
+    check(sizes.size() == 2 && sizes[0] == 2, "stats: expected shape (2, C), got ", text(sizes));
+    const Dtype dtype = dtype_of<Device>(stats);
+    check(dtype != Dtype::kBFloat16, "stats: expected float32 or float64, got bfloat16");
+    const auto vector = [&](const char* name, const Tensor& tensor) {
+      check_shape(name, tensor, {sizes[1]});
+      check_dtype(name, tensor, stats.scalar_type());
+      return torch::stable::contiguous(tensor);
+    };
+    const Tensor s = torch::stable::contiguous(stats);
+    const OptionalTensor w = optional(vector, "weight", weight), b = optional(vector, "bias", bias);
+    const Tensor affine = new_vectors(stats, 4, sizes[1]);
+    Device device(stats);
+    preact::bn_affine(device.runtime(), dtype, sizes[1], data(s), data(w), data(b), eps,
+                      mutable_data(affine));
+    return affine;
+  }
+
+  static Tensor bn_relu_forward(const Tensor& input, const Tensor& affine,
+                                std::string activation_name) {
+    const Dtype dtype = dtype_of<Device>(input);
+    const ImageShape shape = image_shape(input);
+    const Activation act = activation_of(activation_name);
+    const Tensor u = activation("input", input, input, shape);
+    const Tensor a = vectors("affine", affine, input, 4, shape.channels);
+    const Tensor output = new_activation(input, shape);
+    Device device(input);
+    preact::bn_relu_forward(device.runtime(), dtype, shape, act, data(u), data(a),
+                            mutable_data(output));
+    return output;
+  }
+
+  static std::tuple<Tensor, Tensor> bn_relu_backward(const Tensor& grad, const Tensor& input,
+                                                     const Tensor& affine,
+                                                     std::string activation_name, bool with_sums) {
+    const Dtype dtype = dtype_of<Device>(input);
+    const ImageShape shape = image_shape(input);
+    const Activation act = activation_of(activation_name);
+    const Tensor u = activation("input", input, input, shape);
+    const Tensor dh = activation("grad", grad, input, shape);
+    const Tensor a = vectors("affine", affine, input, 4, shape.channels);
+    const Tensor g = new_activation(input, shape);
+    const Tensor sums = new_vectors(input, 2, with_sums ? shape.channels : 0);
+    Device device(input);
+    preact::bn_relu_backward(device.runtime(), dtype, shape, act, data(dh), data(u), data(a),
+                             mutable_data(g), mutable_data(sums));
+    return {g, sums};
+  }
+
+  static std::tuple<Tensor, Tensor> preact_conv_forward(
+      const Tensor& input, const OptionalTensor& affine, const Tensor& weight,
+      const OptionalTensor& residual, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+      std::string activation_name, bool with_stats) {
+    const Dtype dtype = dtype_of<Device>(input);
+    const int64_t channels = image_shape(input).channels;
+    const Weight w = weight_of(weight, input, channels);
+    const ConvShape shape = conv_shape(input, weight.size(0), {weight.size(2), weight.size(3)},
+                                       stride, padding, dilation, groups);
+    const Activation act = activation_of(activation_name);
+    const Tensor u = activation("input", input, input, shape.input);
+    const OptionalTensor a = optional(vectors, "affine", affine, input, int64_t{4}, channels);
+    const OptionalTensor added = optional(activation, "residual", residual, input, shape.output);
+    const Tensor output = new_activation(input, shape.output);
+    const Tensor stats = new_vectors(input, 2, with_stats ? shape.output.channels : 0);
+    Device device(input);
+    preact::preact_conv_forward(device.runtime(),
+                                {dtype, shape, act, data(u), data(a), w, data(added),
+                                 mutable_data(output), mutable_data(stats)});
+    return {output, stats};
+  }
+
+  static std::tuple<Tensor, Tensor> preact_conv_dgrad(
+      const Tensor& grad, const OptionalTensor& output, const OptionalTensor& output_affine,
+      const OptionalTensor& output_sums, const Tensor& weight, const Tensor& input,
+      const OptionalTensor& affine, const OptionalTensor& addend, Sizes stride, Sizes padding,
+      Sizes dilation, int64_t groups, std::string activation_name, bool with_sums) {
+    const Dtype dtype = dtype_of<Device>(input);
+    const int64_t channels = image_shape(input).channels;
+    const Weight w = weight_of(weight, input, channels);
+    const ConvShape shape = conv_shape(input, weight.size(0), {weight.size(2), weight.size(3)},
+                                       stride, padding, dilation, groups);
+    const Activation act = activation_of(activation_name);
+    const OutputGradTensors dy(grad, output, output_affine, output_sums, input, shape.output);
+    const Tensor u = activation("input", input, input, shape.input);
+    const OptionalTensor a = optional(vectors, "affine", affine, input, int64_t{4}, channels);
+    const OptionalTensor added = optional(activation, "addend", addend, input, shape.input);
+    const Tensor g = new_activation(input, shape.input);
+    const Tensor sums = new_vectors(input, 2, affine && with_sums ? channels : 0);
+    Device device(input);
+    preact::preact_conv_dgrad(device.runtime(), {dtype, shape, act, dy.get(), w, data(u), data(a),
+                                                 data(added), mutable_data(g), mutable_data(sums)});
+    return {g, sums};
+  }
+
+  static Tensor preact_conv_wgrad(const Tensor& grad, const OptionalTensor& output,
+                                  const OptionalTensor& output_affine,
+                                  const OptionalTensor& output_sums, const Tensor& input,
+                                  const OptionalTensor& affine, Sizes kernel_size, Sizes stride,
+                                  Sizes padding, Sizes dilation, int64_t groups,
+                                  std::string activation_name) {
+    const Dtype dtype = dtype_of<Device>(input);
+    check(grad.dim() == 4, "grad: expected (N, K, H', W'), got shape ", text(sizes_of(grad)));
+    const ConvShape shape =
+        conv_shape(input, grad.size(1), kernel_size, stride, padding, dilation, groups);
+    const Activation act = activation_of(activation_name);
+    const OutputGradTensors dy(grad, output, output_affine, output_sums, input, shape.output);
+    const Tensor u = activation("input", input, input, shape.input);
+    const OptionalTensor a =
+        optional(vectors, "affine", affine, input, int64_t{4}, shape.input.channels);
+    const Sizes sizes{shape.output.channels, shape.input.channels, kernel_size[0], kernel_size[1]};
+    const Tensor dweight =
+        torch::stable::empty(sizes, accumulator_of(input), std::nullopt, input.device());
+    Device device(input);
+    preact::preact_conv_wgrad(
+        device.runtime(), {dtype, shape, act, dy.get(), data(u), data(a), mutable_data(dweight)});
+    return dweight;
+  }
+
+  static Tensor residual_grad(const OptionalTensor& grad, const Tensor& g, const Tensor& input,
+                              const Tensor& affine, const OptionalTensor& sums) {
+    const Dtype dtype = dtype_of<Device>(input);
+    const ImageShape shape = image_shape(input);
+    const OptionalTensor dy = optional(activation, "grad", grad, input, shape);
+    const Tensor g_ = activation("g", g, input, shape),
+                 u = activation("input", input, input, shape);
+    const Tensor a = vectors("affine", affine, input, 4, shape.channels);
+    const OptionalTensor s = optional(vectors, "sums", sums, input, int64_t{2}, shape.channels);
+    const Tensor dinput = new_activation(input, shape);
+    Device device(input);
+    preact::residual_grad(device.runtime(), dtype, shape, data(dy), data(g_), data(u), data(a),
+                          data(s), mutable_data(dinput));
+    return dinput;
+  }
+};
+
+// Into an m of STABLE_TORCH_LIBRARY.
+template <class Library>
+void define_operators(Library& m) {
+  m.def("bn_stats(Tensor input) -> Tensor");
+  m.def("bn_affine(Tensor stats, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def("bn_relu_forward(Tensor input, Tensor affine, str activation) -> Tensor");
+  m.def(
+      "bn_relu_backward(Tensor grad, Tensor input, Tensor affine, str activation, bool with_sums) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "preact_conv_forward(Tensor input, Tensor? affine, Tensor weight, Tensor? residual, "
+      "int[] stride, int[] padding, int[] dilation, int groups, str activation, bool with_stats) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "preact_conv_dgrad(Tensor grad, Tensor? output, Tensor? output_affine, Tensor? output_sums, "
+      "Tensor weight, Tensor input, Tensor? affine, Tensor? addend, int[] stride, int[] padding, "
+      "int[] dilation, int groups, str activation, bool with_sums) -> (Tensor, Tensor)");
+  m.def(
+      "preact_conv_wgrad(Tensor grad, Tensor? output, Tensor? output_affine, Tensor? output_sums, "
+      "Tensor input, Tensor? affine, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int groups, str activation) -> Tensor");
+  m.def(
+      "residual_grad(Tensor? grad, Tensor g, Tensor input, Tensor affine, Tensor? sums) -> Tensor");
+}
+
+// Into an m of STABLE_TORCH_LIBRARY_IMPL.
+template <class Device, class Library>
+void implement_operators(Library& m) {
+  m.impl("bn_stats", TORCH_BOX(&Operators<Device>::bn_stats));
+  m.impl("bn_affine", TORCH_BOX(&Operators<Device>::bn_affine));
+  m.impl("bn_relu_forward", TORCH_BOX(&Operators<Device>::bn_relu_forward));
+  m.impl("bn_relu_backward", TORCH_BOX(&Operators<Device>::bn_relu_backward));
+  m.impl("preact_conv_forward", TORCH_BOX(&Operators<Device>::preact_conv_forward));
+  m.impl("preact_conv_dgrad", TORCH_BOX(&Operators<Device>::preact_conv_dgrad));
+  m.impl("preact_conv_wgrad", TORCH_BOX(&Operators<Device>::preact_conv_wgrad));
+  m.impl("residual_grad", TORCH_BOX(&Operators<Device>::residual_grad));
+}
+
+}  // namespace preact

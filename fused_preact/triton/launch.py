@@ -1,0 +1,77 @@
+"""From a call of torch.ops.fused_preact_triton.* to launched kernels."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config
+
+NAMESPACE = "fused_preact_triton"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def operator(function: Callable[..., Any]) -> Any:
+    """Registers function under its own name, for the device of its first tensor; returns the op."""
+
+    def on_device(*args: Any) -> Any:
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device_of(first):
+            return function(*args)
+
+    name = function.__name__
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, on_device, "CompositeExplicitAutograd")
+    return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Runs kernel on the current device's current stream."""
+    kernel[grid](*args, **options)
+
+
+def nhwc(tensor: Tensor) -> Tensor:
+    """tensor as [N, H, W, C] in memory."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"expected float32, bfloat16 or float16, got {tensor.dtype}")
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def activations(like: Tensor, shape: Any) -> Tensor:
+    """An empty tensor, [N, H, W, C] in memory."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def vectors(like: Tensor, *shape: int) -> Tensor:
+    """An empty float32 tensor on the same device."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as PyTorch's own convolutions do it, see torch.backends.cudnn.
+
+    TF32 where torch.backends.cudnn.allow_tf32 holds (PyTorch's default), else exactly.
+    """
+    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "tf32"
+    return "ieee"
+
+
+def row_tiles(operator: str, input: Tensor) -> tuple[int, Mapping[str, int]]:
+    """Number of tiles and options of a pointwise kernel on input (N, C, H, W) as x [M, C]."""
+    channels = input.shape[1]
+    options = dict(config.best(operator, config.architecture(), input.dtype))
+    block_c = config.block(channels, options.pop("BLOCK_C"), least=1)
+    rows = input.numel() // channels
+    block_m = config.block(rows, max(options.pop("TILE") // block_c, 1), least=1)
+    return cdiv(rows, block_m), {"BLOCK_M": block_m, "BLOCK_C": block_c, **options}
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

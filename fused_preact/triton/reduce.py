@@ -1,0 +1,127 @@
+"""Per-tile results to one, in a fixed order: FAN_IN at a time until one is left.
+
+    moments  mean = near_0 + sum n_i (mean_i - near_0) / n,  M2 = sum M2_i + n_i (mean_i - mean)^2
+    sums     plain
+
+Chan, Golub, LeVeque 1983. Reads each tile's vectors once; nothing beside the tiles themselves.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import cdiv, launch
+from .tile import column_sums
+
+FAN_IN = 128
+BLOCK = 32
+
+
+@triton.jit
+def merge_moments_kernel(
+    moments,  # [3, tiles, C]: a value near the mean, the mean less that, M2
+    merged,  # [3, groups, C] likewise; or, of one group, [2, C]: mean, variance
+    tiles,
+    groups,
+    C,
+    M,  # rows in all
+    rows_per_tile,
+    FAN_IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile = group * FAN_IN + tl.arange(0, FAN_IN)
+    mask = (tile < tiles)[:, None] & (c < C)[None, :]
+    source, next_row = moments + tile[:, None] * C + c[None, :], tl.cast(tiles, tl.int64) * C
+    near = tl.load(source, mask=mask, other=0.0)
+    rest = tl.load(source + next_row, mask=mask, other=0.0)
+    m2 = tl.load(source + 2 * next_row, mask=mask, other=0.0)
+    first = tl.load(moments + group * FAN_IN * C + c, mask=c < C, other=0.0)
+
+    count = tl.minimum(tl.maximum(M - tile * rows_per_tile, 0), rows_per_tile).to(tl.float32)
+    count = count[:, None]
+    total = tl.sum(count, 0)
+    delta = tl.where(mask, near - first[None, :] + rest, 0.0)
+    rest = column_sums(count * delta) / total
+    delta -= rest[None, :]
+    m2 = column_sums(m2 + count * delta * delta)
+
+    target, next_row = merged + group * C + c, tl.cast(groups, tl.int64) * C
+    if groups == 1:
+        tl.store(target, first + rest, mask=c < C)
+        tl.store(target + next_row, m2 / total, mask=c < C)
+    else:
+        tl.store(target, first, mask=c < C)
+        tl.store(target + next_row, rest, mask=c < C)
+        tl.store(target + 2 * next_row, m2, mask=c < C)
+
+
+@triton.jit
+def add_up_kernel(
+    parts,  # [tiles, A, T, B]
+    result,  # [groups, A, B, T]
+    tiles,
+    T,
+    B,
+    size,  # A * T * B
+    FAN_IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile = group * FAN_IN + tl.arange(0, FAN_IN)
+    mask = (tile < tiles)[:, None] & (i < size)[None, :]
+    total = column_sums(tl.load(parts + tile[:, None] * size + i[None, :], mask=mask, other=0.0))
+    a, t, b = i // (T * B), i // B % T, i % B
+    tl.store(result + group * size + (a * B + b) * T + t, total, mask=i < size)
+
+
+def merge_moments(moments: Tensor, rows: int, rows_per_tile: int) -> Tensor:
+    """Mean and biased variance (2, C) from (3, tiles, C) moments of tiles of rows."""
+    _, tiles, channels = moments.shape
+    while True:
+        groups = cdiv(tiles, FAN_IN)
+        last = groups == 1
+        merged = moments.new_empty((2 if last else 3, groups, channels))
+        launch(
+            merge_moments_kernel,
+            (cdiv(channels, BLOCK), groups),
+            moments,
+            merged,
+            tiles,
+            groups,
+            channels,
+            rows,
+            rows_per_tile,
+            FAN_IN=FAN_IN,
+            BLOCK=BLOCK,
+        )
+        if last:
+            return merged.view(2, channels)
+        moments, tiles, rows_per_tile = merged, groups, rows_per_tile * FAN_IN
+
+
+def add_up(parts: Tensor) -> Tensor:
+    """The sum (A, B, T) of (tiles, A, T, B)."""
+    tiles, a, t, b = parts.shape
+    size = a * t * b
+    while True:
+        groups = cdiv(tiles, FAN_IN)
+        last = groups == 1
+        result = parts.new_empty((groups, size))
+        launch(
+            add_up_kernel,
+            (cdiv(size, BLOCK), groups),
+            parts,
+            result,
+            tiles,
+            t if last else 1,
+            b if last else size,
+            size,
+            FAN_IN=FAN_IN,
+            BLOCK=BLOCK,
+        )
+        if last:
+            return result.view(a, b, t)
+        parts, tiles = result, groups

@@ -1,0 +1,231 @@
+"""The command fused-preact tune: measures tile sizes of the Triton kernels, keeps the best.
+
+For each convolution of the networks asked for, forward, dgrad and wgrad run with every candidate;
+the fastest whose result is right goes into the user's own table (triton/config.py), which the
+kernels read before the package's. Nothing is measured while a network trains.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Options = dict[str, int]
+Timer = Callable[[Callable[[], Any]], float]  # milliseconds of one call
+
+
+class Layer(NamedTuple):
+    """A convolution of C to K channels on a batch of square images, padded to keep their size."""
+
+    batch: int
+    C: int
+    size: int
+    K: int
+    kernel: int
+    stride: int
+
+
+NETWORKS: dict[str, tuple[Layer, ...]] = {
+    "preact_resnet164": tuple(
+        layer
+        for size, width, wide in ((32, 16, 64), (16, 32, 128), (8, 64, 256))
+        for layer in (
+            Layer(128, wide, size, width, 1, 1),
+            Layer(128, width, size, width, 3, 1),
+            Layer(128, width, size, wide, 1, 1),
+        )
+    ),
+    "preact_resnet18": tuple(
+        layer
+        for size, width in ((32, 64), (16, 128), (8, 256), (4, 512))
+        for layer in (
+            Layer(128, width, size, width, 3, 1),
+            Layer(128, width, size, 2 * width, 3, 2),
+        )
+    ),
+    "preact_resnet200": tuple(
+        layer
+        for size, width in ((56, 64), (28, 128), (14, 256), (7, 512))
+        for layer in (
+            Layer(256, 4 * width, size, width, 1, 1),
+            Layer(256, width, size, width, 3, 1),
+            Layer(256, width, size, 4 * width, 1, 1),
+        )
+    ),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPERATORS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad")
+TOLERANCE = 2e-2  # of a candidate's result, relative; bfloat16 and TF32 round to 4e-3 and 5e-4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which networks, in which precision."""
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["bf16"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and extends the user's table; 2 where there is no GPU or no table to extend."""
+    if not torch.cuda.is_available():
+        print("fused-preact tune: needs a GPU to measure on, and there is none", file=sys.stderr)
+        return 2
+    try:
+        import triton.testing
+
+        from .triton import config
+    except ImportError as error:
+        print(f"fused-preact tune: {error}", file=sys.stderr)
+        return 2
+    path = config.user_table()
+    try:
+        table = config.read(path)
+    except ValueError as error:
+        print(f"fused-preact tune: {error}; move it away first", file=sys.stderr)
+        return 2
+    layers = list(dict.fromkeys(layer for name in args.network for layer in NETWORKS[name]))
+    for precision, layer in itertools.product(args.precision, layers):
+        for operator, shape, best, milliseconds in tune(
+            layer, DTYPES[precision], "cuda", triton.testing.do_bench
+        ):
+            entries = table.setdefault(operator, {}).setdefault(config.architecture(), {})
+            entries[shape] = best
+            write(path, table)
+            print(f"{operator:<22}{shape:<48}{milliseconds:8.3f} ms  {best}")
+    print(f"{path}: what was measured is used from now on")
+    return 0
+
+
+def candidates(operator: str) -> list[Options]:
+    """Every combination of options that is worth a try."""
+    if operator == "preact_conv_wgrad":
+        choices = {
+            "BLOCK_P": (32, 64),
+            "BLOCK_K": (32, 64, 128),
+            "BLOCK_C": (32, 64, 128),
+            "PROGRAMS": (256, 1024),
+        }
+    else:
+        choices = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64)}
+    choices |= {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+    return [
+        dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
+    ]
+
+
+def tune(
+    layer: Layer, dtype: torch.dtype, device: str, timer: Timer
+) -> Iterable[tuple[str, str, Options, float]]:
+    """For each operator of a layer: its name, its class of shapes, the best options, their time."""
+    from . import reference, triton
+    from .triton import config
+    from .triton.conv import shape_of
+
+    calls = _calls(layer, dtype, device)
+    kernel, stride, padding, *rest = calls.pop("geometry")
+    shape = (layer.batch, layer.C, layer.size, layer.size)
+    conv, _, geometry = shape_of(shape, layer.K, kernel, stride, padding, *rest)
+    name = f"{str(dtype).removeprefix('torch.')}, {config.conv_class(conv, geometry)}"
+    for operator, args in calls.items():
+        right = getattr(reference, operator)(*args)
+        found = choose(operator, getattr(triton, operator), args, right, timer)
+        if found is not None:
+            yield operator, name, *found
+
+
+def choose(
+    operator: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    right: Any,
+    timer: Timer,
+    options: Iterable[Options] | None = None,
+) -> tuple[Options, float] | None:
+    """The fastest options and their time; None where no candidate works.
+
+    What does not compile, or does not fit into the GPU, is passed over; what gives another result
+    than right as well, with a warning.
+    """
+    from triton.errors import TritonError
+
+    from .triton import config
+
+    best: tuple[Options, float] | None = None
+    for candidate in candidates(operator) if options is None else options:
+        with config.trial(operator, candidate):
+            try:
+                result = function(*args)
+            except torch.AcceleratorError:
+                raise  # the GPU itself; nothing runs after that
+            except (TritonError, RuntimeError):
+                continue
+            if not _same(result, right):
+                warnings.warn(f"{operator} is wrong with {candidate}", stacklevel=2)
+                continue
+            milliseconds = timer(lambda: function(*args))
+        if best is None or milliseconds < best[1]:
+            best = candidate, milliseconds
+    return best
+
+
+def write(path: Path, table: Mapping[str, Any]) -> None:
+    """Replaces the file at once: a run killed at any moment leaves the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            json.dump(table, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _calls(layer: Layer, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Arguments for the three operators, as inside of a network in training, and the geometry."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        tensor = torch.randn(size, generator=generator, device=device).to(dtype)
+        return tensor.contiguous(memory_format=torch.channels_last) if len(size) == 4 else tensor
+
+    def affine(channels: int) -> Tensor:
+        return randn(4, channels, dtype=torch.float32).abs()
+
+    pad = layer.kernel // 2
+    size = (layer.size - 1) // layer.stride + 1
+    kernel, stride = [layer.kernel] * 2, [layer.stride] * 2
+    geometry = stride, [pad] * 4, [1, 1], 1
+    input, input_affine = randn(layer.batch, layer.C, layer.size, layer.size), affine(layer.C)
+    weight = randn(layer.K, layer.C, *kernel) / (layer.C * layer.kernel**2) ** 0.5
+    output = randn(layer.batch, layer.K, size, size)
+    sums = randn(2, layer.K, dtype=torch.float32) * (layer.batch * size * size) ** 0.5
+    deferred = randn(*output.shape), output, affine(layer.K), sums
+    return {
+        "geometry": (kernel, *geometry),
+        "preact_conv_forward": (input, input_affine, weight, None, *geometry, "relu", True),
+        "preact_conv_dgrad": (
+            *deferred,
+            *(weight, input, input_affine, None),
+            *(*geometry, "relu", True),
+        ),
+        "preact_conv_wgrad": (*deferred, input, input_affine, kernel, *geometry, "relu"),
+    }
+
+
+def _same(result: Any, right: Any) -> bool:
+    pairs = zip(_tensors(result), _tensors(right), strict=True)
+    return all((a - b).float().norm() <= TOLERANCE * b.float().norm() for a, b in pairs)
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)

@@ -1,0 +1,66 @@
+"""Compiles csrc/cuda for the emulator: one library of operators, torch.ops.<namespace>."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZED = ["-Wno-clobbered", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def build(
+    folder: Path,
+    namespace: str,
+    *,
+    cuda: Path = CSRC / "cuda",
+    sanitize: bool = False,
+    reuse: Path | None = None,
+) -> Path:
+    """The library in folder, of the kernels in cuda.
+
+    reuse is the folder of an earlier build: what cuda lacks comes from there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = FLAGS + (SANITIZED if sanitize else [])
+    flags += [
+        f"-I{HERE}",
+        f"-I{cuda}",
+        f"-I{CSRC / 'cuda'}",
+        f"-I{CSRC}",
+        f"-DPREACT_EMULATOR={namespace}",
+    ]
+    torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem"]
+    torch_flags += [str(Path(torch.__file__).parent / "include")]
+    compiler = os.environ.get("CXX", "c++").split()
+
+    def compile(source: Path) -> Path:
+        object_file = folder / f"{source.name}.o"
+        extra = torch_flags if source.name == "register.cpp" else []
+        command = [*compiler, *flags, *extra, "-x", "c++", "-c", str(source), "-o"]
+        subprocess.run([*command, str(object_file)], check=True)
+        return object_file
+
+    # device.cu asks the driver what it is; there is none here.
+    kernels = [source for source in sorted(cuda.glob("*.cu")) if source.name != "device.cu"]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(compile, [*kernels, HERE / "emulator.cpp", HERE / "register.cpp"]))
+    if reuse is not None:
+        built = {path.name for path in objects}
+        objects += [path for path in reuse.glob("*.cu.o") if path.name not in built]
+    library = folder / f"{namespace}.so"
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    command = [*compiler, *flags, "-shared", *map(str, objects), *libraries, "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]), sys.argv[2], sanitize="--sanitize" in sys.argv))

@@ -1,0 +1,93 @@
+"""Shapes and data for each operator: small and odd, so that every edge of a tile is met."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_preact import reference
+
+
+class Shape(NamedTuple):
+    images: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+SHAPES = [
+    Shape(1, 8, 1, 1, 8, (1, 1)),
+    Shape(2, 64, 8, 8, 64, (1, 1)),
+    Shape(3, 72, 7, 7, 136, (1, 1)),
+    Shape(2, 16, 6, 6, 8, (1, 1), (2, 2)),
+    Shape(2, 8, 5, 7, 16, (3, 3), padding=(1, 1, 1, 1)),
+    Shape(1, 40, 16, 16, 24, (3, 3), padding=(1, 1, 1, 1)),
+    Shape(3, 16, 4, 4, 16, (3, 3), padding=(1, 1, 1, 1)),
+    Shape(3, 3, 5, 6, 5, (3, 3), (2, 2), (1, 1, 1, 1)),
+    Shape(2, 8, 7, 7, 72, (3, 3), (2, 2), (0, 1, 0, 1)),
+    Shape(1, 65, 4, 9, 70, (3, 3), padding=(1, 1, 1, 1)),
+    Shape(2, 40, 5, 5, 24, (3, 2), (1, 2), (1, 0, 2, 1)),
+    Shape(1, 8, 9, 9, 8, (7, 7), (2, 2), (3, 3, 3, 3)),
+    Shape(1, 1, 2, 130, 1, (1, 1)),
+]
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def run(
+    operators, shape: Shape, dtype: torch.dtype, activation: str, whole: bool
+) -> dict[str, Tensor]:
+    """Every operator on the same data, whoever runs it; whole: with all that is optional."""
+    generator = torch.Generator().manual_seed(1)
+
+    def images(channels: int, height: int, width: int) -> Tensor:
+        values = torch.randn(shape.images, channels, height, width, generator=generator)
+        return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def vectors(rows: int, channels: int) -> Tensor:
+        return torch.randn(rows, channels, generator=generator)
+
+    n, c, k = shape.images, shape.channels, shape.filters
+    u = images(c, shape.height, shape.width)
+    weight = torch.randn(k, c, *shape.kernel, generator=generator)
+    weight = (weight / (c * shape.kernel[0] * shape.kernel[1]) ** 0.5).to(dtype)
+    if whole:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    stats = reference.bn_stats(u)
+    gamma, beta = vectors(2, c)
+    affine = reference.bn_affine(stats, gamma, beta, 1e-5)
+    geometry = (shape.stride, shape.padding, (1, 1), 1)
+    y, y_stats = reference.preact_conv_forward(u, affine, weight, None, *geometry, activation, True)
+    g, residual = images(k, *y.shape[2:]), images(k, *y.shape[2:])
+    addend, dh = images(c, shape.height, shape.width), images(c, shape.height, shape.width)
+    output_affine = reference.bn_affine(y_stats, vectors(1, k)[0], None, 1e-5)
+    output_sums = vectors(2, k) * (n * y.shape[2] * y.shape[3] / 4)
+    deferred = (g, y, output_affine, output_sums) if whole else (g, None, None, None)
+    bn = affine if whole else None
+
+    results = {
+        "bn_stats": operators.bn_stats(u),
+        "bn_affine": operators.bn_affine(stats, gamma, beta if whole else None, 1e-5),
+        "bn_relu_forward": operators.bn_relu_forward(u, affine, activation),
+        "residual_grad": operators.residual_grad(
+            addend if whole else None, dh, u, affine, vectors(2, c) if whole else None
+        ),
+        "preact_conv_wgrad": operators.preact_conv_wgrad(
+            *deferred, u, bn, shape.kernel, *geometry, activation
+        ),
+    }
+    pairs = {
+        "bn_relu_backward": operators.bn_relu_backward(dh, u, affine, activation, whole),
+        "preact_conv_forward": operators.preact_conv_forward(
+            u, bn, weight, residual if whole else None, *geometry, activation, whole
+        ),
+        "preact_conv_dgrad": operators.preact_conv_dgrad(
+            *deferred, weight, u, bn, addend if whole else None, *geometry, activation, whole
+        ),
+    }
+    for name, (activations, reduced) in pairs.items():
+        results |= {name: activations, f"{name} (reduced)": reduced}
+    return results

@@ -1,0 +1,200 @@
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "ptx.cuh"  // which includes emulator.h
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulator {
+
+Index thread, block, block_size, grid_size;
+Traffic traffic;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Index index;
+  bool done = false;
+  std::vector<Copy> copies;  // begun, not yet there
+};
+
+struct Warp {
+  void* lanes[32];
+  int arrived = 0;
+  void (*instruction)(void* (&)[32]) = nullptr;
+};
+
+std::mt19937_64 order(1);
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block, for their stacks
+std::vector<Warp> warps;
+std::vector<int> ready;
+int threads, waiting, self;
+ucontext_t scheduler;
+unsigned char* shared_bytes_begin;
+std::string error;
+const std::function<void()>* kernel;
+
+#ifdef __SANITIZE_ADDRESS__
+const void* scheduler_stack;
+size_t scheduler_stack_bytes;
+void* scheduler_fake_stack;
+void enter_fiber(Fiber& fiber) {
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), kStackBytes);
+  swapcontext(&scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+}
+void leave_fiber(Fiber& fiber) {
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fake_stack, scheduler_stack,
+                                 scheduler_stack_bytes);
+  swapcontext(&fiber.context, &scheduler);
+  __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+}
+void fiber_began() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+}
+#else
+void enter_fiber(Fiber& fiber) { swapcontext(&scheduler, &fiber.context); }
+void leave_fiber(Fiber& fiber) { swapcontext(&fiber.context, &scheduler); }
+void fiber_began() {}
+#endif
+
+void yield() {
+  Fiber& fiber = *fibers[self];
+  leave_fiber(fiber);
+  // Whoever came back here was chosen by the scheduler, which set `self` and `thread`.
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  if (error.empty()) error = what;
+  for (;;) yield();  // the scheduler stops at once and never comes back
+}
+
+void begin_fiber() {
+  fiber_began();
+  (*kernel)();
+  fibers[self]->done = true;
+  leave_fiber(*fibers[self]);
+}
+
+void run_block() {
+  ready.clear();
+  waiting = 0;
+  warps.assign(threads / 32, {});
+  for (int t = 0; t < threads; ++t) {
+    if (static_cast<int>(fibers.size()) <= t) {
+      fibers.push_back(std::make_unique<Fiber>());
+      fibers.back()->stack = std::make_unique<char[]>(kStackBytes);
+    }
+    Fiber& fiber = *fibers[t];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, begin_fiber, 0);
+    fiber.index = {static_cast<unsigned>(t), 0, 0};
+    fiber.done = false;
+    fiber.copies.clear();
+    ready.push_back(t);
+  }
+  int done = 0;
+  while (!ready.empty() && error.empty()) {
+    const size_t i = order() % ready.size();
+    self = ready[i];
+    ready[i] = ready.back();
+    ready.pop_back();
+    thread = fibers[self]->index;
+    enter_fiber(*fibers[self]);
+    done += fibers[self]->done;
+  }
+  if (error.empty() && done < threads)
+    error = "a barrier that " + std::to_string(waiting) + " of " + std::to_string(threads) +
+            " threads reached";
+}
+
+}  // namespace
+
+void seed(uint64_t value) { order.seed(value); }
+
+unsigned char* shared() { return shared_bytes_begin; }
+
+void barrier() {
+  if (++waiting < threads) return yield();
+  waiting = 0;
+  for (int t = 0; t < threads; ++t)
+    if (t != self) ready.push_back(t);
+}
+
+void together(void* mine, void (*all)(void* (&lanes)[32])) {
+  Warp& warp = warps[self / 32];
+  if (warp.arrived > 0 && warp.instruction != all)
+    fail("lanes of a warp at different instructions");
+  warp.instruction = all;
+  warp.lanes[self % 32] = mine;
+  if (++warp.arrived < 32) return yield();
+  warp.arrived = 0;
+  all(warp.lanes);
+  for (int t = self / 32 * 32; t < self / 32 * 32 + 32; ++t)
+    if (t != self) ready.push_back(t);
+}
+
+void copy_later(void* to, const void* from) { fibers[self]->copies.push_back({to, from}); }
+
+void finish_copies() {
+  for (const Copy& copy : fibers[self]->copies) std::memcpy(copy.to, copy.from, 16);
+  fibers[self]->copies.clear();
+}
+
+void check_aligned(const void* p, const char* what) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) fail(std::string(what) + " at no multiple of 16 bytes");
+}
+
+void run(const char* name, Index grid, int block_threads, int64_t shared_bytes,
+         const std::function<void()>& body) {
+  if (block_threads % 32) throw std::invalid_argument(std::string(name) + ": no whole warps");
+  threads = block_threads;
+  kernel = &body;
+  block_size = {static_cast<unsigned>(threads), 1, 1};
+  grid_size = grid;
+  std::vector<Index> blocks;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+  for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[order() % i]);
+  for (const Index& index : blocks) {
+    // Exactly as much as was asked for, so that AddressSanitizer sees every byte beyond.
+    const size_t bytes = (static_cast<size_t>(shared_bytes) + 127) / 128 * 128;
+    const std::unique_ptr<unsigned char, void (*)(void*)> memory(
+        static_cast<unsigned char*>(std::aligned_alloc(128, bytes + (bytes == 0) * 128)),
+        std::free);
+    std::memset(memory.get(), 0xff, bytes);  // NaN in every format
+    shared_bytes_begin = memory.get();
+    block = index;
+    error.clear();
+    run_block();
+    if (!error.empty()) {
+      for (auto& fiber : fibers) fiber.reset();
+      fibers.clear();
+      throw std::runtime_error(std::string(name) + ", block (" + std::to_string(index.x) + ", " +
+                               std::to_string(index.y) + ", " + std::to_string(index.z) +
+                               "): " + error);
+    }
+  }
+}
+
+}  // namespace emulator

@@ -1,0 +1,234 @@
+// A host twin of csrc/cuda/ptx.cuh and of what the kernels use of CUDA itself: test equipment.
+//
+// A block's threads are fibers on one thread of the processor. They take turns in an order drawn
+// from a seed, each until it meets a barrier or an instruction of its whole warp, so that a missing
+// barrier shows as a result that depends on the seed, or as the poison that shared memory starts
+// with. Blocks run one after the other, in an order drawn from the same seed.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+namespace emulator {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+struct Traffic {
+  int64_t read = 0, written = 0;  // bytes of 16-bit tensors in global memory: not the vectors
+  int64_t conflicts = 0;          // extra passes of ldmatrix over the banks
+};
+
+extern Index thread, block, block_size, grid_size;
+extern Traffic traffic;
+
+template <typename T>
+void count_read(int64_t bytes) {
+  if (sizeof(T) == 2) traffic.read += bytes;
+}
+template <typename T>
+void count_write(int64_t bytes) {
+  if (sizeof(T) == 2) traffic.written += bytes;
+}
+
+void seed(uint64_t value);  // of the orders of threads and blocks
+void barrier();
+unsigned char* shared();
+void copy_later(void* shared, const void* global);
+void finish_copies();
+void check_aligned(const void* p, const char* what);
+
+// An instruction of a whole warp: `mine` are this lane's operands, all() runs once, with every
+// lane's. Lanes that meet at different instructions are an error.
+void together(void* mine, void (*all)(void* (&lanes)[32]));
+
+void run(const char* name, Index grid, int threads, int64_t shared_bytes,
+         const std::function<void()>& kernel);
+
+}  // namespace emulator
+
+#define threadIdx (emulator::thread)
+#define blockIdx (emulator::block)
+#define blockDim (emulator::block_size)
+#define gridDim (emulator::grid_size)
+
+inline void __syncthreads() { emulator::barrier(); }
+inline void __threadfence() {}
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+using std::sqrt;
+
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+namespace preact::cuda {
+
+// --- numbers -------------------------------------------------------------------------------------
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+inline float widen(f16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+
+inline uint32_t narrow_one(float x, bf16) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t narrow_one(float x, f16) {
+  return std::bit_cast<uint16_t>(static_cast<_Float16>(x));
+}
+template <typename T>
+uint32_t narrow_pair(float low, float high, T) {
+  return narrow_one(low, T{}) | narrow_one(high, T{}) << 16;
+}
+
+// --- memory --------------------------------------------------------------------------------------
+
+inline unsigned char* shared_memory() { return emulator::shared(); }
+
+template <typename T>
+Bytes16 load16(const T* p) {
+  emulator::check_aligned(p, "load16");
+  emulator::count_read<T>(16);
+  Bytes16 v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+template <typename T>
+T load(const T* p) {
+  emulator::count_read<T>(sizeof(T));
+  return *p;
+}
+inline float load_fresh(const float* p) { return load(p); }
+
+template <typename T>
+void store16(T* p, const Bytes16& v) {
+  emulator::check_aligned(p, "store16");
+  emulator::count_write<T>(16);
+  std::memcpy(p, &v, 16);
+}
+template <typename T>
+void store(T* p, T v) {
+  emulator::count_write<T>(sizeof(T));
+  *p = v;
+}
+
+inline void copy16(void* shared, const void* global) {
+  emulator::check_aligned(shared, "copy16");
+  emulator::check_aligned(global, "copy16");
+  emulator::traffic.read += 16;
+  emulator::copy_later(shared, global);
+}
+inline void copies_wait() { emulator::finish_copies(); }
+
+inline int count_arrival(int* ticket) { return (*ticket)++; }
+
+// --- tensor cores --------------------------------------------------------------------------------
+
+struct LoadMatrices {
+  const void* row;
+  uint32_t out[4];
+};
+template <bool kTransposed>
+void load_all_matrices(void* (&lanes)[32]) {
+  const auto lane = [&](int l) { return static_cast<LoadMatrices*>(lanes[l]); };
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t values[8][8];
+    int rows_of_bank[8] = {};
+    for (int row = 0; row < 8; ++row) {
+      const void* const p = lane(8 * matrix + row)->row;
+      emulator::check_aligned(p, "ldmatrix");
+      std::memcpy(values[row], p, 16);
+      // Rows of the same address are one access; those that share banks are one pass each.
+      bool again = false;
+      for (int before = 0; before < row; ++before)
+        again = again || lane(8 * matrix + before)->row == p;
+      if (!again) ++rows_of_bank[reinterpret_cast<uintptr_t>(p) / 16 % 8];
+    }
+    int passes = 1;
+    for (int rows : rows_of_bank) passes = rows > passes ? rows : passes;
+    emulator::traffic.conflicts += passes - 1;
+    for (int l = 0; l < 32; ++l) {
+      const int row = l / 4, column = l % 4 * 2;
+      const uint32_t low = kTransposed ? values[column][row] : values[row][column];
+      const uint32_t high = kTransposed ? values[column + 1][row] : values[row][column + 1];
+      lane(l)->out[matrix] = low | high << 16;
+    }
+  }
+}
+inline void load_matrices(uint32_t (&out)[4], const void* row) {
+  LoadMatrices mine{row, {}};
+  emulator::together(&mine, load_all_matrices<false>);
+  std::memcpy(out, mine.out, sizeof(out));
+}
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  LoadMatrices mine{row, {}};
+  emulator::together(&mine, load_all_matrices<true>);
+  std::memcpy(out, mine.out, sizeof(out));
+}
+
+struct MatrixMultiply {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+template <typename T>
+void multiply_all_matrices(void* (&lanes)[32]) {
+  const auto half = [](uint32_t pair, int i) {
+    return widen(T{static_cast<uint16_t>(pair >> 16 * i)});
+  };
+  float a[16][16], b[16][8];
+  for (int l = 0; l < 32; ++l) {
+    const auto* lane = static_cast<MatrixMultiply*>(lanes[l]);
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 4; ++j)
+        a[l / 4 + j % 2 * 8][l % 4 * 2 + i + j / 2 * 8] = half(lane->a[j], i);
+      for (int j = 0; j < 2; ++j) b[l % 4 * 2 + i + j * 8][l / 4] = half(lane->b[j], i);
+    }
+  }
+  for (int l = 0; l < 32; ++l)
+    for (int j = 0; j < 4; ++j) {
+      float& c = static_cast<MatrixMultiply*>(lanes[l])->c[j];
+      for (int k = 0; k < 16; ++k) c += a[l / 4 + j / 2 * 8][k] * b[k][l % 4 * 2 + j % 2];
+    }
+}
+template <typename T>
+void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
+  MatrixMultiply mine{c, a, {b0, b1}};
+  emulator::together(&mine, multiply_all_matrices<T>);
+}
+
+// --- launches ------------------------------------------------------------------------------------
+
+// Few, so that small cases give each block several tiles.
+inline int multiprocessors(int) { return 2; }
+inline int64_t most_shared_bytes(int) { return 163 * 1024; }
+inline void zero(void* memory, int64_t bytes, int, void*) {
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+}
+
+struct Grid {
+  unsigned x, y = 1, z = 1;
+};
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
+            int64_t shared_bytes, int, void*, const Arguments&... arguments) {
+  emulator::run(name, {grid.x, grid.y, grid.z}, threads, shared_bytes,
+                [&] { kernel(arguments...); });
+}
+
+}  // namespace preact::cuda

@@ -1,0 +1,260 @@
+"""Every CUDA kernel on small odd shapes, without a GPU, and what the emulator finds wrong."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulator.build import CSRC, build
+from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
+from cuda_emulator.conftest import Emulator
+from numerics import assert_rule, make_case
+
+from fused_preact import ops, reference
+
+DTYPES = list(TOLERANCES)
+SANITIZED = "PREACT_EMULATOR" in os.environ  # this very file again, by test_sanitizers
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "bare"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operators_match_reference(emulator, shape, dtype, whole):
+    """Each within a few roundings of its dtype, relative to the largest value."""
+    activation = "silu" if shape.channels % 5 == 0 else "relu"
+    ours = run(emulator.operators, shape, dtype, activation, whole)
+    truth = run(reference, shape, dtype, activation, whole)
+    for name, true in truth.items():
+        assert ours[name].shape == true.shape and ours[name].dtype == true.dtype, name
+        if true.numel() == 0:
+            continue
+        scale = true.abs().max().float().clamp_min(1e-3)
+        error = (ours[name].float() - true.float()).abs().max() / scale
+        assert error <= TOLERANCES[dtype], f"{name}: {error:.3g}"
+
+
+CONV3 = (16, (3, 3), (1, 1), (1, 1, 1, 1))
+UNITS = {
+    "bn_relu": {"shape": (2, 24, 5, 7)},
+    "bn_relu, mean 1e4": {"shape": (2, 8, 9, 7), "mean": 1e4},
+    "1x1": {"convs": [(72, (1, 1), (1, 1), (0, 0, 0, 0))], "residual": True},
+    "constant channel": {"convs": [CONV3], "constant": True},
+    "silu": {"convs": [CONV3], "activation": "silu"},
+    "raw": {"convs": [CONV3], "raw": True},
+    "eval": {"convs": [CONV3], "training": False},
+    "bottleneck": {
+        "convs": [(8, (1, 1), (1, 1), (0,) * 4), (8, (3, 3), (2, 2), (1,) * 4),
+                  (16, (1, 1), (1, 1), (0,) * 4)],
+        "shape": (3, 16, 6, 5),
+        "shortcut": "preact",
+        "projection": (16, (1, 1), (2, 2), (0,) * 4),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.skipif(SANITIZED, reason="the operators are enough")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unit", UNITS)
+def test_units_keep_the_tolerance_rule(emulator, monkeypatch, unit, dtype):
+    """Forward and backward through autograd, as far from float64 truth as eager may be."""
+    if dtype != torch.float32 and "1e4" in unit:
+        pytest.skip("a mean that 16 bits cannot hold")
+    monkeypatch.setattr(ops, "plan", lambda *_: emulator.operators)
+    assert_rule(make_case(dtype, **UNITS[unit]), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES[4:9], ids=str)
+def test_order_of_threads_and_blocks_does_not_matter(emulator, shape):
+    """Bit for bit: no race, and every reduction in a fixed order."""
+    results = []
+    for seed in range(3):
+        emulator.seed(seed)
+        results.append(run(emulator.operators, shape, torch.bfloat16, "relu", True))
+    for name, first in results[0].items():
+        assert all(torch.equal(first, other[name]) for other in results[1:]), name
+
+
+def test_checks_name_the_argument(emulator):
+    op = emulator.operators
+    u = torch.zeros(2, 3, 4, 4)
+    error = (ValueError, RuntimeError)  # as the version of torch has it
+    with pytest.raises(error, match=r"affine: expected shape \(4, 3\), got \(4, 5\)"):
+        op.bn_relu_forward(u, torch.zeros(4, 5), "relu")
+    with pytest.raises(error, match="input: expected float32, bfloat16 or float16"):
+        op.bn_stats(u.double())
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def within(actual: int, expected: float, percent: float) -> bool:
+    return abs(actual - expected) <= percent / 100 * expected
+
+
+def traffic(emulator, name, *arguments):
+    emulator.traffic()
+    getattr(emulator.operators, name)(*arguments)
+    return emulator.traffic()
+
+
+@pytest.fixture
+def activations():
+    def make(channels, size=16):
+        values = torch.randn(2, channels, size, size).to(torch.bfloat16)
+        return values.contiguous(memory_format=torch.channels_last)
+
+    return make
+
+
+def test_pointwise_kernels_touch_each_value_once(emulator, activations):
+    """Byte for byte, what their heads say."""
+    u, dh = activations(64), activations(64)
+    affine, sums = torch.rand(4, 64), torch.rand(2, 64)
+    size = 2 * u.numel()
+    assert traffic(emulator, "bn_stats", u)[:2] == (size, 0)
+    assert traffic(emulator, "bn_relu_forward", u, affine, "relu")[:2] == (size, size)
+    moved = traffic(emulator, "bn_relu_backward", dh, u, affine, "relu", True)
+    assert moved[:2] == (2 * size, size)
+    assert traffic(emulator, "residual_grad", dh, dh, u, affine, sums)[:2] == (3 * size, size)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_touch_what_their_heads_say(emulator, activations, kernel):
+    """Each input once, of a 3x3 also its patches' halo; each output once; the weights once a block.
+
+    Within 2%, and without a bank conflict.
+    """
+    c = k = 64
+    u, y = activations(c), activations(k)
+    weight = torch.randn(k, c, kernel, kernel).to(torch.bfloat16)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    affine, sums = torch.rand(4, 64), torch.rand(2, 64)
+    pad = kernel // 2
+    geometry = ((1, 1), (pad,) * 4, (1, 1), 1, "relu")
+    size, tiles = 2 * u.numel(), u.shape[0] * 2
+    # an 8x16 patch of a 16x16 image reads 9 of its rows, twice
+    source = size * (9 / 8 if kernel == 3 else 1)
+    # 1x1: resident, once for each of the blocks, one a tile; 3x3: streamed, once a tile
+    weights = tiles * 2 * weight.numel()
+    read, written, conflicts = traffic(
+        emulator, "preact_conv_forward", u, affine, weight, y, *geometry, True
+    )
+    assert within(read, source + size + weights, 2) and written == size and conflicts == 0
+    read, written, conflicts = traffic(
+        emulator, "preact_conv_dgrad", y, y, affine, sums, weight, u, affine, None, *geometry, True
+    )
+    assert within(read, 2 * source + size + weights, 2) and written == size and conflicts == 0
+
+
+# --- what it finds -------------------------------------------------------------------------------
+
+
+def broken(folder: Path, name: str, before: str, after: str) -> Path:
+    """A folder with a kernel, and the headers, in which one thing is broken."""
+    cuda = folder / "broken"
+    cuda.mkdir()
+    for header in (CSRC / "cuda").glob("*.cuh"):
+        shutil.copy(header, cuda)
+    shutil.copy(CSRC / "preact.h", folder)
+    for source in {name, "bn_affine.cu"} - {path.name for path in cuda.iterdir()}:
+        shutil.copy(CSRC / "cuda" / source, cuda)
+    text = (CSRC / "cuda" / name).read_text()
+    assert text.count(before) == 1, name
+    (cuda / name).write_text(text.replace(before, after))
+    return cuda
+
+
+@pytest.mark.skipif(SANITIZED, reason="builds by itself")
+def test_missing_barrier_is_found(emulator, tmp_path):
+    """wgrad without the barrier between the prologue and the multiplication."""
+    before = "    __syncthreads();\n    if (tile + tiling.splits < tiles)"
+    cuda = broken(tmp_path, "preact_conv_wgrad.cu", before, before.replace("__syncthreads();", ""))
+    library = build(tmp_path / "build", "preact_race", cuda=cuda, reuse=emulator.library.parent)
+    racy = Emulator(library, "preact_race")
+    shape = SHAPES[4]
+    truth = run(reference, shape, torch.bfloat16, "relu", True)["preact_conv_wgrad"]
+    found = run(racy.operators, shape, torch.bfloat16, "relu", True)["preact_conv_wgrad"]
+    assert not torch.allclose(found, truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
+
+
+@pytest.mark.skipif(SANITIZED, reason="builds by itself")
+def test_barrier_that_not_every_thread_reaches_is_named(emulator, tmp_path):
+    before = "  const Affine bn(affine, p.channels, me.channel);\n"
+    after = before + "  if (threadIdx.x < 7) __syncthreads();\n"
+    cuda = broken(tmp_path, "bn_relu_forward.cu", before, after)
+    library = build(
+        tmp_path / "build", "preact_divergent", cuda=cuda, reuse=emulator.library.parent
+    )
+    divergent = Emulator(library, "preact_divergent").operators
+    with pytest.raises(
+        RuntimeError, match=r"bn_relu_forward.*barrier that 7 of 256 threads reached"
+    ):
+        divergent.bn_relu_forward(torch.zeros(1, 8, 4, 4), torch.zeros(4, 8), "relu")
+
+
+# --- sanitizers ----------------------------------------------------------------------------------
+
+
+def sanitized_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python under AddressSanitizer, which must be there before anything else."""
+    asan = subprocess.run(
+        [*os.environ.get("CXX", "c++").split(), "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    stdcpp = asan.replace("libasan", "libstdc++")
+    preload = f"{asan} {stdcpp}" if Path(stdcpp).exists() else asan
+    options = {
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **options, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("sanitized"), "fused_preact_emulator", sanitize=True)
+
+
+@pytest.mark.skipif(SANITIZED or not sys.platform.startswith("linux"), reason="runs itself")
+def test_sanitizers_find_nothing(sanitized):
+    """The operator tests of this file under AddressSanitizer and UBSan."""
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    result = sanitized_python(*arguments, PREACT_EMULATOR=str(sanitized))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert re.search(r"\d{2,} passed", result.stdout), result.stdout
+
+
+@pytest.mark.skipif(SANITIZED or not sys.platform.startswith("linux"), reason="builds by itself")
+def test_out_of_bounds_write_is_found(sanitized, tmp_path):
+    """bn_stats that writes one variance too far."""
+    before = "store(stats + p.channels.count + c, total"
+    cuda = broken(tmp_path, "bn_stats.cu", before, before.replace(" + c", " + c + 1"))
+    library = build(
+        tmp_path / "build", "preact_overrun", cuda=cuda, sanitize=True, reuse=sanitized.parent
+    )
+    script = (
+        "import torch, sys; torch.ops.load_library(sys.argv[1]);"
+        "torch.ops.preact_overrun.bn_stats(torch.zeros(1, 16, 4, 4))"
+    )
+    result = sanitized_python("-c", script, str(library))
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr and "WRITE of size 4" in result.stderr
+
+
+def test_shapes_reach_every_path():
+    """Vectors and odd channels, one tile and several, whole images and patches."""
+    assert {shape.channels % 8 == 0 for shape in SHAPES} == {True, False}
+    assert any(shape.filters > 64 for shape in SHAPES)
+    assert any(isinstance(shape, Shape) and shape.kernel[1] > 3 for shape in SHAPES)

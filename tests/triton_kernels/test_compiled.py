@@ -1,0 +1,69 @@
+"""What Triton makes of the kernels, in the default configurations, for GPUs that are not there."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (a CPU build of torch)")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from compiled import (
+    MATRIX_INSTRUCTIONS,
+    SHARED_MEMORY,
+    TARGETS,
+    Machine,
+    compiling,
+    convolution,
+    pointwise,
+)
+
+ONE, TWO, X3 = (1, 1), (2, 2), (3, 3)
+CONVOLUTIONS = {  # name: dtype, input shape, output channels, kernel size, stride, padding
+    "3x3 bfloat16": (torch.bfloat16, (32, 64, 16, 16), 64, X3, ONE, (1, 1, 1, 1)),
+    "1x1 bfloat16": (torch.bfloat16, (32, 256, 16, 16), 64, ONE, ONE, (0, 0, 0, 0)),
+    "3x3 float32": (torch.float32, (32, 64, 16, 16), 64, X3, ONE, (1, 1, 1, 1)),
+    "3x3 stride 2 float16": (torch.float16, (32, 64, 16, 16), 128, X3, TWO, (0, 1, 0, 1)),
+    "3x3 of odd channels": (torch.bfloat16, (32, 65, 16, 16), 17, X3, ONE, (1, 1, 1, 1)),
+}
+
+
+CASES = [(target, name) for target in TARGETS for name in list(CONVOLUTIONS)[:3]]
+CASES += [("sm_80", name) for name in list(CONVOLUTIONS)[3:]]
+
+
+@pytest.mark.parametrize(("target", "name"), CASES)
+def test_convolutions(target, name, tmp_path):
+    """Matrix instructions of the architecture, no spills, no more shared memory than there is.
+
+    float32 is in TF32, as PyTorch's convolutions have it by default, and so uses them as well.
+    """
+    with compiling(target) as kernels:
+        convolution(*CONVOLUTIONS[name])
+    for machine in (Machine(target, kernel, tmp_path) for kernel in kernels):
+        if machine.name.startswith("preact_conv"):
+            assert machine.multiplies_with(MATRIX_INSTRUCTIONS[target]), machine.name
+        assert machine.spilled == 0, machine.name
+        assert machine.shared <= SHARED_MEMORY[target], machine.name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_other_operators(target, dtype, tmp_path):
+    """No spills, no more shared memory than there is."""
+    with compiling(target) as kernels:
+        pointwise(dtype, (32, 65, 16, 16))
+    for machine in (Machine(target, kernel, tmp_path) for kernel in kernels):
+        assert machine.spilled == 0, machine.name
+        assert machine.shared <= SHARED_MEMORY[target], machine.name
+
+
+def test_exact_float32(tmp_path, monkeypatch):
+    """Where PyTorch's convolutions are told not to use TF32, no kernel does."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with compiling("sm_90") as kernels:
+        convolution(*CONVOLUTIONS["3x3 float32"])
+    for machine in (Machine("sm_90", kernel, tmp_path) for kernel in kernels):
+        assert not machine.multiplies_with("HG?MMA"), machine.name
+        assert machine.spilled == 0, machine.name

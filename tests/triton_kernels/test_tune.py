@@ -1,0 +1,137 @@
+"""fused-preact tune without a GPU: enumeration, choice and the table, with a clock made up."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fused_preact import cli, tune
+
+pytest.importorskip("triton", reason="triton is not installed (a CPU build of torch)")
+
+from fused_preact.triton import config
+
+
+@pytest.fixture(autouse=True)
+def own_table(monkeypatch, tmp_path):
+    """An empty user's table."""
+    path = tmp_path / "folder" / "table.json"
+    monkeypatch.setenv("FUSED_PREACT_TUNED", str(path))
+    config.forget()
+    yield path
+    config.forget()
+
+
+def test_no_gpu(capsys, monkeypatch):
+    """One line and exit code 2."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "fused-preact tune: needs a GPU to measure on, and there is none"
+    ]
+
+
+def test_fastest_right_candidate_is_chosen():
+    """Not what is wrong, however fast, nor what does not run."""
+    options = [{"BLOCK_M": m} for m in (16, 32, 64, 128, 256)]
+    clock = {16: 3.0, 32: 1.0, 64: 2.0, 128: 0.5, 256: 0.1}
+
+    def function(x):
+        m = config.best("preact_conv_forward", "sm_90", torch.float32)["BLOCK_M"]
+        timed.append(m)
+        if m == 256:
+            raise RuntimeError("out of shared memory")
+        return x + 1 if m == 128 else x
+
+    timed = []
+    x = torch.ones(3)
+    with pytest.warns(UserWarning, match="wrong with {'BLOCK_M': 128}"):
+        found = tune.choose(
+            "preact_conv_forward",
+            function,
+            (x,),
+            x,
+            lambda call: (call(), clock[timed[-1]])[1],
+            options,
+        )
+    assert found == ({"BLOCK_M": 32}, 1.0)
+    nothing = tune.choose("preact_conv_forward", function, (x,), x, lambda call: 1.0, options[4:])
+    assert nothing is None
+
+
+def test_candidates():
+    """All different, with the names that the kernels read."""
+    for operator in tune.OPERATORS:
+        found = tune.candidates(operator)
+        assert len({json.dumps(options) for options in found}) == len(found) > 50
+        default = config.best(operator, "default", torch.bfloat16)
+        assert found[0].keys() == default.keys()
+
+
+def test_table_is_used(own_table):
+    """What tune writes comes before the package's entry, for its class and architecture alone."""
+    best = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
+    table = {"preact_conv_forward": {"sm_90": {"bfloat16, a class": best}}}
+    tune.write(own_table, table)
+    config.forget()
+    assert config.read(own_table) == table
+    found = [
+        config.best("preact_conv_forward", architecture, torch.bfloat16, shape)
+        for architecture, shape in (("sm_90", "a class"), ("sm_80", "a class"), ("sm_90", "b"))
+    ]
+    assert found[0] == best and found[1] == found[2] != best
+    assert [file.name for file in own_table.parent.iterdir()] == [own_table.name]
+
+
+def test_failed_write_leaves_the_old_table(own_table, monkeypatch):
+    """Neither half a table nor a temporary file."""
+    tune.write(own_table, {"a": {}})
+    with pytest.raises(TypeError):
+        tune.write(own_table, {"b": object()})
+    assert json.loads(own_table.read_text()) == {"a": {}}
+    assert [file.name for file in own_table.parent.iterdir()] == [own_table.name]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"b": {"c": {"d": "x"}}}}'])
+def test_spoilt_table(text, own_table, monkeypatch, capsys):
+    """Kernels run with the package's table and say so; tune refuses, in one line."""
+    own_table.parent.mkdir()
+    own_table.write_text(text)
+    with pytest.warns(UserWarning, match="not a table of tile sizes"):
+        assert config.best("bn_stats", "sm_90", torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.main(["tune"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_networks_have_the_layers_that_they_name():
+    """The arguments of each layer fit together; shapes only, on no device."""
+    for layer in {layer for layers in tune.NETWORKS.values() for layer in layers}:
+        calls = tune._calls(layer._replace(batch=1), torch.float32, "cpu")
+        assert calls["preact_conv_dgrad"][0].shape[1] == layer.K
+        assert set(calls) == {"geometry", *tune.OPERATORS}
+
+
+def test_whole_run(own_table, monkeypatch, capsys):
+    """run() on one layer, its operators replaced by the reference's: entries for all three."""
+    layer = tune.Layer(2, 3, 4, 5, 3, 1)
+    from fused_preact import reference, triton
+
+    for operator in tune.OPERATORS:
+        monkeypatch.setattr(triton, operator, getattr(reference, operator))
+    monkeypatch.setattr(tune, "NETWORKS", {"small": (layer, layer)})
+    monkeypatch.setattr(tune, "candidates", lambda operator: [{"BLOCK_M": 16}, {"BLOCK_M": 32}])
+    found = list(tune.tune(layer, torch.float32, "cpu", lambda call: 1.0))
+    assert [entry[0] for entry in found] == list(tune.OPERATORS)
+    assert {entry[1] for entry in found} == {"float32, 3x3 stride 1, 3 to 5, 2^5 pixels"}
+    assert all(entry[2:] == ({"BLOCK_M": 16}, 1.0) for entry in found)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(config, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(tune, "tune", lambda *args: iter(found))
+    assert tune.run(SimpleNamespace(network=["small"], precision=["fp32"])) == 0
+    table = config.read(own_table)
+    assert set(table) == set(tune.OPERATORS)
+    assert "float32, 3x3 stride 1, 3 to 5, 2^5 pixels" in table["preact_conv_dgrad"]["sm_90"]
+    assert str(own_table) in capsys.readouterr().out
