@@ -12,6 +12,9 @@ import torch
 import fused_preact
 from fused_preact import _C, ops
 
+# Python started by a test takes the package from where this one did, not from the folder it is in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 # Few and always the same examples; `--hypothesis-profile=thorough` looks further.
 _common = {
     "deadline": None,

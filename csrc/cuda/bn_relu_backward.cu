@@ -8,13 +8,14 @@ namespace cuda {
 namespace {
 
 template <typename T, Activation kActivation>
-__global__ __launch_bounds__(kPointwiseThreads) void bn_relu_backward_kernel(
-    const Pointwise p, const ReductionMemory memory,
-    const T* dh,          // [M, C]
-    const T* u,           // [M, C]
-    const float* affine,  // [4, C]
-    T* g,                 // [M, C]
-    float* sums) {        // [2, C] or null
+__global__ __launch_bounds__(kPointwiseThreads,
+                             2) void bn_relu_backward_kernel(const Pointwise p,
+                                                             const ReductionMemory memory,
+                                                             const T* dh,          // [M, C]
+                                                             const T* u,           // [M, C]
+                                                             const float* affine,  // [4, C]
+                                                             T* g,                 // [M, C]
+                                                             float* sums) {        // [2, C] or null
   const PointwiseThread me(p);
   const Affine bn(affine, p.channels, me.channel);
   PieceSums mine;

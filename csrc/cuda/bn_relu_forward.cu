@@ -8,11 +8,11 @@ namespace cuda {
 namespace {
 
 template <typename T, Activation kActivation>
-__global__ __launch_bounds__(kPointwiseThreads) void bn_relu_forward_kernel(
-    const Pointwise p,
-    const T* u,           // [M, C]
-    const float* affine,  // [4, C]
-    T* h) {               // [M, C]
+__global__ __launch_bounds__(kPointwiseThreads,
+                             2) void bn_relu_forward_kernel(const Pointwise p,
+                                                            const T* u,           // [M, C]
+                                                            const float* affine,  // [4, C]
+                                                            T* h) {               // [M, C]
   const PointwiseThread me(p);
   const Affine bn(affine, p.channels, me.channel);
   me.for_each(p, [&](int64_t offset) {

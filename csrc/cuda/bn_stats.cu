@@ -7,10 +7,11 @@ namespace cuda {
 namespace {
 
 template <typename T>
-__global__ __launch_bounds__(kPointwiseThreads) void bn_stats_kernel(const Pointwise p,
-                                                                     const ReductionMemory memory,
-                                                                     const T* u,      // [M, C]
-                                                                     float* stats) {  // [2, C]
+__global__ __launch_bounds__(kPointwiseThreads,
+                             2) void bn_stats_kernel(const Pointwise p,
+                                                     const ReductionMemory memory,
+                                                     const T* u,      // [M, C]
+                                                     float* stats) {  // [2, C]
   const PointwiseThread me(p);
   PieceMoments moments;
   me.for_each(p, [&](int64_t offset) {

@@ -19,7 +19,7 @@ struct Pointwise {
   Pointwise(const ImageShape& shape, const CudaRuntime& runtime,
             std::initializer_list<const void*> pointers)
       : pixels(shape.pixels()), channels(channels_of(shape.channels, pointers)) {
-    constexpr int kMostColumns = 64, kPixelsPerThread = 4, kBlocksPerMultiprocessor = 6;
+    constexpr int kMostColumns = 64, kPixelsPerThread = 4, kBlocksPerMultiprocessor = 4;
     const int64_t pieces = channels.pieces(), groups = ceil_div(pieces, kMostColumns);
     columns = static_cast<int>(ceil_div(pieces, groups));
     rows = kPointwiseThreads / columns;
@@ -54,7 +54,7 @@ struct PointwiseThread {
   PREACT_DEVICE void for_each(const Pointwise& p, F body) const {
     if (!works) return;
     const int64_t step = int64_t{gridDim.x} * p.rows;
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t pixel = int64_t{blockIdx.x} * p.rows + row; pixel < p.pixels; pixel += step)
       body(pixel * p.channels.count + channel);
   }

@@ -9,14 +9,14 @@ namespace cuda {
 namespace {
 
 template <typename T>
-__global__ __launch_bounds__(kPointwiseThreads) void residual_grad_kernel(
-    const Pointwise p,
-    const T* dy,          // [M, C] or null
-    const T* g,           // [M, C]
-    const T* u,           // [M, C]
-    const float* affine,  // [4, C]
-    const float* sums,    // [2, C] or null
-    T* du) {              // [M, C]
+__global__ __launch_bounds__(kPointwiseThreads,
+                             2) void residual_grad_kernel(const Pointwise p,
+                                                          const T* dy,          // [M, C] or null
+                                                          const T* g,           // [M, C]
+                                                          const T* u,           // [M, C]
+                                                          const float* affine,  // [4, C]
+                                                          const float* sums,    // [2, C] or null
+                                                          T* du) {              // [M, C]
   const PointwiseThread me(p);
   const BnGrad bn(affine, sums, 1.f / static_cast<float>(p.pixels), p.channels, me.channel);
   me.for_each(p, [&](int64_t offset) {
