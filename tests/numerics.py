@@ -246,7 +246,7 @@ def expect(eager: Results, truth: Results, draws: list[Results], dtype: torch.dt
         for dim in _dims(true):
             drawn = torch.stack([_errors(draw[name], true, dim) for draw in draws])
             base, shared, single = FLOORS[dtype]
-            channels = true.shape[_dims(true)[-1]]
+            channels = true.shape[min(1, true.dim() - 1)] if true.dim() else 1
             times = single if dim is not None else base + shared / math.sqrt(channels)
             floor = times * torch.tensor([[1.0], [2.0]]) * drawn.square().mean(0).sqrt()
             limits[name, dim] = _errors(eager[name], true, dim), floor
@@ -361,7 +361,7 @@ def _dims(tensor: Tensor) -> tuple[int | None, ...]:
     """None for the whole, and the dimensions whose channels are looked at by themselves."""
     if tensor.numel() == 0:
         return ()
-    return (None, 0) if tensor.dim() == 1 else (None, 0, 1)
+    return (None, 0, 1)[: 1 + tensor.dim()]
 
 
 class _Rounding(torch.autograd.Function):
