@@ -112,7 +112,7 @@ def bn_relu(
     _check_bn(bn, input.shape[1])
     _check_batch(bn, input.shape)
     if _runs_eager(input):
-        return reference.bn_relu(input, *bn[:4], activation, *bn[4:])
+        return reference.bn_relu(input, bn, activation)
     operators = ops.plan(input)
     input = ops.channels_last(input)
     stats = _input_statistics(operators, input, bn)
@@ -153,7 +153,7 @@ def preact_unit(
     """
     _check_unit(input, bns, convs, shortcut, projection, activation, residual)
     if _runs_eager(input):
-        return _eager_unit(input, bns, convs, shortcut, projection, activation, residual)
+        return reference.preact_unit(input, bns, convs, shortcut, projection, activation, residual)
     dtype = _compute_dtype(input)
     if dtype != input.dtype:
         input = input.to(dtype)
@@ -479,22 +479,6 @@ def _update_running(bn: BatchNorm, stats: Tensor | None, count: int) -> None:
 def _runs_eager(input: Tensor) -> bool:
     exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
     return ops.current_backend() == "eager" or exporting or input.numel() == 0
-
-
-def _eager_unit(input, bns, convs, shortcut, projection, activation, residual):
-    h = input if bns[0] is None else reference.bn_relu(input, *_split(bns[0], activation))
-    if shortcut is not None:
-        residual = h if shortcut == "preact" else input
-        if projection is not None:
-            residual = reference.conv2d(residual, *projection)
-    u = reference.conv2d(h, *convs[0])
-    for bn, conv in zip(bns[1:], convs[1:], strict=True):
-        u = reference.conv2d(reference.bn_relu(u, *_split(bn, activation)), *conv)
-    return u if residual is None else u + residual
-
-
-def _split(bn: BatchNorm, activation: str) -> tuple[Any, ...]:
-    return *bn[:4], activation, *bn[4:]
 
 
 # --- arguments -----------------------------------------------------------------------------------

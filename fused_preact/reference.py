@@ -12,6 +12,9 @@ What the operators hand each other, for an activation u of C channels and M = N*
 all of them float32, or float64 where u is float64. He et al. 2016, arXiv:1603.05027.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import torch.nn.grad as grad_of
@@ -216,30 +219,24 @@ def _no_channels(input: Tensor) -> Tensor:
 
 
 # --- the eager layers ----------------------------------------------------------------------------
+#
+# bn is (weight, bias, running_mean, running_var, training, momentum, eps), conv is (weight, stride,
+# padding, dilation, groups) with padding (top, bottom, left, right): see functional.py.
 
 
-def bn_relu(
-    input: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    activation: str,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
+def bn_relu(input: Tensor, bn: Any, activation: str) -> Tensor:
     """activation(batch_norm(input)) by PyTorch's own layers."""
-    z = F.batch_norm(input, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    weight, bias, running_mean, running_var, training, momentum, eps = bn
+    z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return F.relu(z) if activation == "relu" else F.silu(z)
 
 
 def conv2d(
     h: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
     """conv2d(h, weight) by PyTorch's own layer; padding is (top, bottom, left, right)."""
@@ -248,3 +245,23 @@ def conv2d(
         return F.conv2d(h, weight, None, stride, (top, left), dilation, groups)
     h = F.pad(h, (left, right, top, bottom))
     return F.conv2d(h, weight, None, stride, 0, dilation, groups)
+
+
+def preact_unit(
+    input: Tensor,
+    bns: Sequence[Any],
+    convs: Sequence[Any],
+    shortcut: str | None,
+    projection: Any,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """u[i+1] = conv[i](activation(bn[i](u[i]))), u[0] = input, plus the shortcut or residual."""
+    u = h = input if bns[0] is None else bn_relu(input, bns[0], activation)
+    if shortcut is not None:
+        residual = h if shortcut == "preact" else input
+        if projection is not None:
+            residual = conv2d(residual, *projection)
+    for i, (bn, conv) in enumerate(zip(bns, convs, strict=True)):
+        u = conv2d(h if i == 0 else bn_relu(u, bn, activation), *conv)
+    return u if residual is None else u + residual
