@@ -65,9 +65,8 @@ def contender(
         model.zero_grad(set_to_none=True)
         images.grad = None
         loss.backward()
-        first = next(model.parameters()).grad
-        assert first is not None
-        return [output.detach(), first]
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return [output.detach(), torch.cat(gradients)]
 
     return step
 
