@@ -6,8 +6,8 @@ import torch
 from cases import Case
 from torch import Tensor
 
-# Of the norm of the output and of all gradients together. A rounding that moves an activation across
-# zero flips a ReLU and with it one value in millions of a gradient; networks amplify that by their
+# Of the norm of the output and of all gradients together. A rounding that moves an activation over
+# zero flips a ReLU, and with it one value in millions of a gradient; networks amplify that by their
 # depth: there only a broken result is caught. The tests hold the results to much less.
 UNIT = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 NETWORK = {torch.float32: 2.5e-1, torch.bfloat16: 5e-1}

@@ -16,7 +16,7 @@ OURS = ("triton",) if torch.cuda.is_available() else ("cpu",)
 
 
 def _names(case: Case) -> tuple[str, ...]:
-    # Units only: compiling a whole deep network takes minutes, and our models turn to channels_last.
+    # Units only: compiling a deep network takes minutes, and our models turn to channels_last.
     others = ("eager NCHW", "compile") if case.group == "unit" else ()
     return ("eager", *others, *OURS)
 

@@ -240,6 +240,7 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """conv2d(h, weight) by PyTorch's own layer; padding is (top, bottom, left, right)."""
+    weight = weight.to(h.dtype)
     top, bottom, left, right = padding
     if top == bottom and left == right:
         return F.conv2d(h, weight, None, stride, (top, left), dilation, groups)

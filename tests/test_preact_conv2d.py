@@ -278,6 +278,15 @@ def test_weight_of_another_dtype(backend_name):
     torch.testing.assert_close(weight.grad.bfloat16(), expected["grad weight0"], rtol=0, atol=0)
 
 
+def test_weight_of_another_dtype_under_eager():
+    """backend("eager") takes the weight in the input's dtype as well, bit for bit."""
+    case = _small(torch.bfloat16)
+    with fused_preact.backend("eager"):
+        expected = fused(case)
+        case.convs = [case.convs[0]._replace(weight=case.convs[0].weight.float())]
+        assert torch.equal(fused(case), expected)
+
+
 def test_empty_batch(backend_name):
     """No images: an empty output and zero gradients, as PyTorch's layers give."""
     case = _small()
