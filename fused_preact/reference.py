@@ -142,6 +142,10 @@ def preact_conv_wgrad(
     shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
     acc = accumulator(input.dtype)
     h = F.pad(h, (left, right, top, bottom))
+    if tuple(kernel_size) == (1, 1):
+        # The pixels that are read; given a stride, PyTorch's kernel for few channels writes past
+        # its buffers (oneDNN on AVX2, torch 2.13 and 2.14).
+        h, stride = h[:, :, :: stride[0], :: stride[1]], [1, 1]
     with torch.autocast(input.device.type, enabled=False):
         return grad_of.conv2d_weight(
             h.to(acc), shape, dy.to(acc), stride, 0, dilation, groups

@@ -17,6 +17,7 @@ X3 = (3, 3)
 GRID = {  # name: input shape, convolution
     "1x1": ((2, 16, 5, 7), (24, ONE, ONE, NONE)),
     "1x1 stride 2": ((2, 16, 5, 7), (8, ONE, TWO, NONE)),
+    "1x1 stride (1, 2)": ((3, 8, 4, 12), (3, ONE, (1, 2), NONE)),
     "1x1 padded": ((2, 3, 2, 3), (17, ONE, ONE, (1, 0, 2, 1))),
     "1x1 image": ((3, 65, 1, 1), (17, ONE, ONE, NONE)),
     "3x3": ((2, 16, 5, 7), (24, X3, ONE, SAME)),

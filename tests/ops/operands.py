@@ -15,6 +15,7 @@ ONE, X3, TWO, NONE, SAME = (1, 1), (3, 3), (2, 2), (0, 0, 0, 0), (1, 1, 1, 1)
 GEOMETRIES = {  # name: input shape, convolution (channels, kernel size, stride, padding)
     "1x1": ((2, 16, 5, 7), (24, ONE, ONE, NONE)),
     "1x1 stride 2": ((2, 17, 5, 7), (8, ONE, TWO, NONE)),
+    "1x1 stride (1, 2)": ((3, 8, 4, 12), (3, ONE, (1, 2), NONE)),
     "1x1 stride 3 padded": ((2, 3, 4, 6), (17, ONE, (3, 3), (1, 0, 2, 1))),
     "1x1 image": ((3, 65, 1, 1), (17, ONE, ONE, NONE)),
     "1x1 many rows": ((2, 64, 56, 56), (48, ONE, ONE, NONE)),
