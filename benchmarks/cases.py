@@ -38,19 +38,21 @@ def contender(
 ) -> Step:
     """A step of case under one backend: each call runs it and returns what can be compared.
 
-    The same seed gives every contender the same weights and images. bfloat16 runs under autocast.
+    The same seed gives every contender the same weights and images. bfloat16 runs under autocast,
+    float64 is the truth that the others are checked against.
     """
     torch.manual_seed(0)
-    model = case.build().to(device).to(memory_format=memory_format)
+    exact = torch.promote_types(dtype, torch.float32)
+    model = case.build().to(device, exact).to(memory_format=memory_format)
     model.train(case.passes == "forward+backward").requires_grad_(case.passes != "attack")
-    images = torch.randn(case.shape, device=device).contiguous(memory_format=memory_format)
+    images = torch.randn(case.shape).to(device, exact).contiguous(memory_format=memory_format)
     images.requires_grad_(case.passes == "attack" or case.group == "unit")
     run = torch.compile(model) if compiled else model
 
     def forward() -> Tensor:
         with (
             fused_preact.backend(backend),
-            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            torch.autocast(device.type, dtype, enabled=dtype != exact),
         ):
             return run(images)
 
@@ -59,7 +61,7 @@ def contender(
             with torch.no_grad():
                 return [forward()]
         output = forward()
-        loss = output.float().square().mean()
+        loss = output.to(exact).square().mean()
         if case.passes == "attack":
             return [output.detach(), torch.autograd.grad(loss, images)[0]]
         model.zero_grad(set_to_none=True)
