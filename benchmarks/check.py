@@ -7,8 +7,8 @@ from cases import Case
 from torch import Tensor
 
 # A contender may be this much further from the truth than eager is in the same dtype. Our units are
-# held to the tests' rule. What is not ours is a draw of roundings of its own and owes us no rule; and
-# a network amplifies each rounding by its depth, and flips a ReLU where one moves an activation over
+# held to the tests' rule. What is not ours draws roundings of its own and owes us no rule; and a
+# network amplifies each rounding by its depth, and flips a ReLU where one moves an activation over
 # zero, so that eager's error and ours are draws as well: there, twice that.
 RULE, DRAW = 1.5, 3.0
 OURS = ("cpu", "cuda", "triton")
