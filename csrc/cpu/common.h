@@ -20,6 +20,7 @@
 #define PREACT_CLONES
 #endif
 #define PREACT_INLINE __attribute__((always_inline)) inline
+#define PREACT_INLINE_BODY __attribute__((always_inline))
 
 namespace preact {
 

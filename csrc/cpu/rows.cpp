@@ -66,6 +66,14 @@ struct Silu {
   }
 };
 
+// Calls f<4>(row) or f<1>(row) for all rows: sums over four rows stay in registers.
+template <typename F>
+PREACT_INLINE void in_groups(int64_t rows, const F& f) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) f.template operator()<4>(row);
+  for (; row < rows; ++row) f.template operator()<1>(row);
+}
+
 template <typename A>
 PREACT_INLINE A preactivation(A u, A mean, A scale, A shift) {
   return scale * (u - mean) + shift;
@@ -115,26 +123,41 @@ PREACT_INLINE void store(A* tile, const S* addend, int64_t count, S* out) {
   }
 }
 
+template <int64_t kRows, typename Act, bool kAddend, bool kSums, typename S, typename A>
+PREACT_INLINE void slope_group(const A* dh, const S* addend, const S* u, int64_t channels,
+                               const A* affine, S* g, A* s1, A* s2) {
+  const A *mean = affine, *scale = affine + 2 * channels, *shift = affine + 3 * channels;
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    A sum1 = 0, sum2 = 0;
+#pragma GCC unroll 4
+    for (int64_t row = 0; row < kRows; ++row) {
+      const int64_t i = row * channels + c;
+      const A x = widen(u[i]);
+      const A z = preactivation(x, mean[c], scale[c], shift[c]);
+      const A sum = kAddend ? dh[i] + widen(addend[i]) : dh[i];
+      narrow(Act::gradient(sum, z), g[i]);
+      if constexpr (kSums) {
+        const A stored = widen(g[i]);
+        sum1 += stored;
+        sum2 += stored * (x - mean[c]);
+      }
+    }
+    if constexpr (kSums) {
+      s1[c] += sum1;
+      s2[c] += sum2;
+    }
+  }
+}
+
 template <typename Act, bool kAddend, bool kSums, typename S, typename A>
 PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,
                          const A* affine, S* g, A* s1, A* s2) {
-  const A *mean = affine, *scale = affine + 2 * channels, *shift = affine + 3 * channels;
-  for (int64_t row = 0; row < rows; ++row) {
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const A x = widen(u[c]);
-      const A z = preactivation(x, mean[c], scale[c], shift[c]);
-      const A sum = kAddend ? dh[c] + widen(addend[c]) : dh[c];
-      narrow(Act::gradient(sum, z), g[c]);
-      if constexpr (kSums) {
-        const A stored = widen(g[c]);
-        s1[c] += stored;
-        s2[c] += stored * (x - mean[c]);
-      }
-    }
-    dh += channels, u += channels, g += channels;
-    if constexpr (kAddend) addend += channels;
-  }
+  in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
+    const int64_t i = row * channels;
+    slope_group<kRows, Act, kAddend, kSums>(dh + i, kAddend ? addend + i : nullptr, u + i, channels,
+                                            affine, g + i, s1, s2);
+  });
 }
 
 template <typename Act, typename S, typename A>
@@ -152,23 +175,36 @@ PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows,
 
 template <typename S, typename A>
 PREACT_INLINE void sum(const S* x, int64_t rows, int64_t channels, A* total) {
-  for (int64_t row = 0; row < rows; ++row, x += channels) {
+  in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
+    const S* const group = x + row * channels;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) total[c] += widen(x[c]);
-  }
+    for (int64_t c = 0; c < channels; ++c) {
+      A sum = 0;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kRows; ++i) sum += widen(group[i * channels + c]);
+      total[c] += sum;
+    }
+  });
 }
 
 template <typename S, typename A>
 PREACT_INLINE void deviation(const S* x, int64_t rows, int64_t channels, const A* shift, A* d1,
                              A* d2) {
-  for (int64_t row = 0; row < rows; ++row, x += channels) {
+  in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
+    const S* const group = x + row * channels;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      const A d = widen(x[c]) - shift[c];
-      d1[c] += d;
-      d2[c] += d * d;
+      A sum1 = 0, sum2 = 0;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kRows; ++i) {
+        const A d = widen(group[i * channels + c]) - shift[c];
+        sum1 += d;
+        sum2 += d * d;
+      }
+      d1[c] += sum1;
+      d2[c] += sum2;
     }
-  }
+  });
 }
 
 template <bool kGrad, typename S, typename A>
