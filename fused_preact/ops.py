@@ -81,7 +81,10 @@ def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1) -> 
         return reference
     reason = _refusal(name, input, dilation, groups)
     if reason is None:
-        return _triton() if name == "triton" else torch.ops.fused_preact
+        if name != "triton":
+            return torch.ops.fused_preact
+        _register_triton()
+        return torch.ops.fused_preact_triton
     warn_once(f"backend {name!r} does not run {reason}; using 'reference'")
     return reference
 
@@ -138,7 +141,19 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
+def _constant(function: Callable[[], str | None]) -> Callable[[], str | None]:
+    """function, called once; torch.compile takes the result and does not trace how it is found."""
+    cached = functools.cache(function)
+
+    def call() -> str | None:
+        return cached()
+
+    # What torch.compiler.assume_constant_result sets, at the price of importing torch._dynamo.
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return call
+
+
+@_constant
 def _cuda_status() -> str | None:
     built = _C.build_info()["cuda"]
     if built.startswith("not built"):
@@ -147,7 +162,7 @@ def _cuda_status() -> str | None:
     return problem if problem or torch.cuda.is_available() else "this torch sees no GPU"
 
 
-@functools.cache
+@_constant
 def _triton_status() -> str | None:
     try:
         importlib.import_module("triton")
@@ -158,13 +173,12 @@ def _triton_status() -> str | None:
     return "no GPU; TRITON_INTERPRET=1 runs it on the CPU, slowly"
 
 
-@functools.cache
-def _triton() -> Any:
-    """The Triton kernels' namespace; registers them at the first call."""
+@_constant
+def _register_triton() -> None:
+    """Fills torch.ops.fused_preact_triton."""
     importlib.import_module("fused_preact.triton")
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"fused_preact_triton::{name}", fake)
-    return torch.ops.fused_preact_triton
 
 
 def _checked(name: str, source: str) -> str:
