@@ -1,4 +1,4 @@
-"""Per-tile results to one, in a fixed order: FAN_IN at a time until one is left.
+"""Per-tile results to one, in a fixed order: up to FAN_IN at a time until one is left.
 
     moments  mean = near_0 + sum n_i (mean_i - near_0) / n,  M2 = sum M2_i + n_i (mean_i - mean)^2
     sums     plain
@@ -6,15 +6,16 @@
 Chan, Golub, LeVeque 1983. Reads each tile's vectors once; nothing beside the tiles themselves.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import config
 from .launch import cdiv, launch
 from .tile import column_sums
 
-FAN_IN = 128
-BLOCK = 32
+FAN_IN = 1024  # tiles of one launch: a batch of 128 images of 32x32 pixels in tiles of 128
 
 
 @triton.jit
@@ -77,16 +78,25 @@ def add_up_kernel(
     tl.store(result + group * size + (a * B + b) * T + t, total, mask=i < size)
 
 
+def _block(operator: str, tiles: int, size: int) -> dict[str, int]:
+    """Tiles by columns of one program, and the other options of its kernel."""
+    options = config.best(operator, config.architecture(), torch.float32)
+    fan_in = config.block(tiles, FAN_IN, least=1)
+    columns = config.block(size, max(options.pop("TILE") // fan_in, 8), least=1)
+    return {"FAN_IN": fan_in, "BLOCK": columns, **options}
+
+
 def merge_moments(moments: Tensor, rows: int, rows_per_tile: int) -> Tensor:
     """Mean and biased variance (2, C) from (3, tiles, C) moments of tiles of rows."""
     _, tiles, channels = moments.shape
     while True:
-        groups = cdiv(tiles, FAN_IN)
+        options = _block("merge_moments", tiles, channels)
+        groups = cdiv(tiles, options["FAN_IN"])
         last = groups == 1
         merged = moments.new_empty((2 if last else 3, groups, channels))
         launch(
             merge_moments_kernel,
-            (cdiv(channels, BLOCK), groups),
+            (cdiv(channels, options["BLOCK"]), groups),
             moments,
             merged,
             tiles,
@@ -94,33 +104,34 @@ def merge_moments(moments: Tensor, rows: int, rows_per_tile: int) -> Tensor:
             channels,
             rows,
             rows_per_tile,
-            FAN_IN=FAN_IN,
-            BLOCK=BLOCK,
+            **options,
         )
         if last:
             return merged.view(2, channels)
-        moments, tiles, rows_per_tile = merged, groups, rows_per_tile * FAN_IN
+        moments, tiles, rows_per_tile = merged, groups, rows_per_tile * options["FAN_IN"]
 
 
 def add_up(parts: Tensor) -> Tensor:
     """The sum (A, B, T) of (tiles, A, T, B)."""
     tiles, a, t, b = parts.shape
     size = a * t * b
+    if tiles == 1 and (t == 1 or b == 1):
+        return parts.view(a, b, t)
     while True:
-        groups = cdiv(tiles, FAN_IN)
+        options = _block("add_up", tiles, size)
+        groups = cdiv(tiles, options["FAN_IN"])
         last = groups == 1
         result = parts.new_empty((groups, size))
         launch(
             add_up_kernel,
-            (cdiv(size, BLOCK), groups),
+            (cdiv(size, options["BLOCK"]), groups),
             parts,
             result,
             tiles,
             t if last else 1,
             b if last else size,
             size,
-            FAN_IN=FAN_IN,
-            BLOCK=BLOCK,
+            **options,
         )
         if last:
             return result.view(a, b, t)
