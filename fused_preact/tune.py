@@ -1,8 +1,9 @@
 """The command fused-preact tune: measures tile sizes of the Triton kernels, keeps the best.
 
-For each convolution of the networks asked for, forward, dgrad and wgrad run with every candidate;
-the fastest whose result is right goes into the user's own table (triton/config.py), which the
-kernels read before the package's. Nothing is measured while a network trains.
+For each convolution of the networks asked for, its forward, dgrad and wgrad and the pointwise
+operators on its input run with every candidate; the fastest whose result is right goes into the
+user's own table (triton/config.py), which the kernels read before the package's. Nothing is
+measured while a network trains.
 """
 
 import argparse
@@ -63,7 +64,9 @@ NETWORKS: dict[str, tuple[Layer, ...]] = {
     ),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPERATORS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad")
+CONVOLUTIONS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad")
+POINTWISE = ("bn_stats", "bn_relu_forward", "bn_relu_backward", "residual_grad")
+OPERATORS = CONVOLUTIONS + POINTWISE
 TOLERANCE = 2e-2  # of a candidate's result, relative; bfloat16 and TF32 round to 4e-3 and 5e-4
 
 
@@ -100,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             entries[shape] = best
             write(path, table)
             print(f"{operator:<22}{shape:<48}{milliseconds:8.3f} ms  {best}")
+    config.forget()
     print(f"{path}: what was measured is used from now on")
     return 0
 
@@ -113,9 +117,13 @@ def candidates(operator: str) -> list[Options]:
             "BLOCK_C": (32, 64, 128),
             "PROGRAMS": (256, 1024),
         }
-    else:
+    elif operator in CONVOLUTIONS:
         choices = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64)}
-    choices |= {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+    else:
+        choices = {"TILE": (2048, 4096, 8192), "BLOCK_C": (32, 64, 128, 256)}
+    choices |= {"num_warps": (4, 8)} | (
+        {"num_stages": (2, 3, 4)} if operator in CONVOLUTIONS else {}
+    )
     return [
         dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
     ]
@@ -133,8 +141,10 @@ def tune(
     kernel, stride, padding, *rest = calls.pop("geometry")
     shape = (layer.batch, layer.C, layer.size, layer.size)
     conv, _, geometry = shape_of(shape, layer.K, kernel, stride, padding, *rest)
-    name = f"{str(dtype).removeprefix('torch.')}, {config.conv_class(conv, geometry)}"
+    classes = dict.fromkeys(CONVOLUTIONS, config.conv_class(conv, geometry))
+    classes |= dict.fromkeys(POINTWISE, config.row_class(layer.C, layer.batch * layer.size**2))
     for operator, args in calls.items():
+        name = f"{str(dtype).removeprefix('torch.')}, {classes[operator]}"
         right = getattr(reference, operator)(*args)
         found = choose(operator, getattr(triton, operator), args, right, timer)
         if found is not None:
@@ -191,7 +201,7 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def _calls(layer: Layer, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Arguments for the three operators, as inside of a network in training, and the geometry."""
+    """Arguments for each operator, as inside of a network in training, and the geometry."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -210,6 +220,7 @@ def _calls(layer: Layer, dtype: torch.dtype, device: str) -> dict[str, Any]:
     output = randn(layer.batch, layer.K, size, size)
     sums = randn(2, layer.K, dtype=torch.float32) * (layer.batch * size * size) ** 0.5
     deferred = randn(*output.shape), output, affine(layer.K), sums
+    g, input_sums = randn(*input.shape), randn(2, layer.C, dtype=torch.float32)
     return {
         "geometry": (kernel, *geometry),
         "preact_conv_forward": (input, input_affine, weight, None, *geometry, "relu", True),
@@ -219,6 +230,10 @@ def _calls(layer: Layer, dtype: torch.dtype, device: str) -> dict[str, Any]:
             *(*geometry, "relu", True),
         ),
         "preact_conv_wgrad": (*deferred, input, input_affine, kernel, *geometry, "relu"),
+        "bn_stats": (input,),
+        "bn_relu_forward": (input, input_affine, "relu"),
+        "bn_relu_backward": (g, input, input_affine, "relu", True),
+        "residual_grad": (g, g, input, input_affine, input_sums),
     }
 
 

@@ -63,7 +63,12 @@ def of_conv(
 def conv_class(conv: Any, geometry: Mapping[str, Any]) -> str:
     """What convolutions share their options: kernel, stride, channels, pixels to a power of two."""
     kernel = f"{geometry['R']}x{geometry['S']} stride {geometry['DOWN']}"
-    return f"{kernel}, {conv.C} to {conv.K}, 2^{conv.output_pixels.bit_length() - 1} pixels"
+    return f"{kernel}, {conv.C} to {conv.K}, {_pixels(conv.output_pixels)}"
+
+
+def row_class(channels: int, rows: int) -> str:
+    """What pointwise kernels share their options: channels, pixels to a power of two."""
+    return f"{channels} channels, {_pixels(rows)}"
 
 
 def block(size: int, most: int, least: int = 16) -> int:
@@ -122,6 +127,10 @@ def _tables() -> tuple[Table, ...]:
     except ValueError as error:
         warnings.warn(f"{error}; using the package's", stacklevel=2)
     return *tables, read(PACKAGE_TABLE)
+
+
+def _pixels(count: int) -> str:
+    return f"2^{count.bit_length() - 1} pixels"
 
 
 def _is_table(value: Any, depth: int = 4) -> bool:

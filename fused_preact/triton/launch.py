@@ -66,9 +66,10 @@ def dot_precision(dtype: torch.dtype) -> str:
 def row_tiles(operator: str, input: Tensor) -> tuple[int, Mapping[str, int]]:
     """Number of tiles and options of a pointwise kernel on input (N, C, H, W) as x [M, C]."""
     channels = input.shape[1]
-    options = dict(config.best(operator, config.architecture(), input.dtype))
-    block_c = config.block(channels, options.pop("BLOCK_C"), least=1)
     rows = input.numel() // channels
+    shape = config.row_class(channels, rows)
+    options = config.best(operator, config.architecture(), input.dtype, shape)
+    block_c = config.block(channels, options.pop("BLOCK_C"), least=1)
     block_m = config.block(rows, max(options.pop("TILE") // block_c, 1), least=1)
     return cdiv(rows, block_m), {"BLOCK_M": block_m, "BLOCK_C": block_c, **options}
 

@@ -1,7 +1,9 @@
-"""fused-preact tune without a GPU: enumeration, choice and the table, with a clock made up."""
+"""fused-preact tune without a GPU: enumeration, choice and the table, with a clock made up.
+
+The whole command, with the kernels themselves: interpreted/test_tune.py.
+"""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_candidates():
     """All different, with the names that the kernels read."""
     for operator in tune.OPERATORS:
         found = tune.candidates(operator)
-        assert len({json.dumps(options) for options in found}) == len(found) > 50
+        assert len({json.dumps(options) for options in found}) == len(found) > 20
         default = config.best(operator, "default", torch.bfloat16)
         assert found[0].keys() == default.keys()
 
@@ -111,27 +113,3 @@ def test_networks_have_the_layers_that_they_name():
         calls = tune._calls(layer._replace(batch=1), torch.float32, "cpu")
         assert calls["preact_conv_dgrad"][0].shape[1] == layer.K
         assert set(calls) == {"geometry", *tune.OPERATORS}
-
-
-def test_whole_run(own_table, monkeypatch, capsys):
-    """run() on one layer, its operators replaced by the reference's: entries for all three."""
-    layer = tune.Layer(2, 3, 4, 5, 3, 1)
-    from fused_preact import reference, triton
-
-    for operator in tune.OPERATORS:
-        monkeypatch.setattr(triton, operator, getattr(reference, operator))
-    monkeypatch.setattr(tune, "NETWORKS", {"small": (layer, layer)})
-    monkeypatch.setattr(tune, "candidates", lambda operator: [{"BLOCK_M": 16}, {"BLOCK_M": 32}])
-    found = list(tune.tune(layer, torch.float32, "cpu", lambda call: 1.0))
-    assert [entry[0] for entry in found] == list(tune.OPERATORS)
-    assert {entry[1] for entry in found} == {"float32, 3x3 stride 1, 3 to 5, 2^5 pixels"}
-    assert all(entry[2:] == ({"BLOCK_M": 16}, 1.0) for entry in found)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(config, "architecture", lambda: "sm_90")
-    monkeypatch.setattr(tune, "tune", lambda *args: iter(found))
-    assert tune.run(SimpleNamespace(network=["small"], precision=["fp32"])) == 0
-    table = config.read(own_table)
-    assert set(table) == set(tune.OPERATORS)
-    assert "float32, 3x3 stride 1, 3 to 5, 2^5 pixels" in table["preact_conv_dgrad"]["sm_90"]
-    assert str(own_table) in capsys.readouterr().out
