@@ -195,6 +195,17 @@ PREACT_DEVICE void zero_piece(T* shared) {
   write_piece(shared, zeros);
 }
 
+// The row of a tile, kPieces pieces each, that thread i copies. Eight threads are one pass over the
+// banks: of rows that take 64 + 16 bytes they must have two that are 4 apart.
+template <typename T, int kPieces>
+PREACT_DEVICE int row_of_thread(int i) {
+  const int row = i / kPieces;
+  if constexpr (kPieces * kPiece * sizeof(T) == 64)
+    return row / 8 * 8 + row % 2 * 4 + row % 8 / 2;
+  else
+    return row;
+}
+
 // A block's window of an operand: kPieces pieces of channels for each pixel, zero where the image
 // or the channels end. A thread transforms the pieces that it copied, so no barrier lies between.
 template <typename T, class Source, int kPieces>
@@ -211,7 +222,7 @@ struct Window {
   int pixels;  // that are filled, from...
   int window_rows, window_columns;
   int column = static_cast<int>(threadIdx.x) % kPieces;
-  int first_pixel = static_cast<int>(threadIdx.x) / kPieces;
+  int first_pixel = row_of_thread<T, kPieces>(static_cast<int>(threadIdx.x));
   uint32_t inside = 0;  // which of this thread's pieces are not padding
 
   PREACT_DEVICE Window(const Source& source, const Axis& r, const Axis& c, const Patch& patch,
@@ -308,7 +319,7 @@ PREACT_DEVICE void fill_row_table(int* table, int rows, const Patch& patch, cons
     const int n = m / (patch.rows * patch.columns);
     const int i = m / patch.columns % patch.rows, j = m % patch.columns;
     const int w = (n * window_rows + i * r.step) * window_columns + j * c.step;
-    table[m] = m < patch.pixels() ? w * row_pitch : 0;
+    store_shared(table + m, m < patch.pixels() ? w * row_pitch : 0);
   }
 }
 
@@ -321,9 +332,10 @@ PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
   const T* const tap =
       static_cast<const T*>(weight.data) + tap_row * weight.stride_r + tap_column * weight.stride_s;
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kConvThreads) {
-    const int64_t k = k0 + i / kPieces, first = c0 + i % kPieces * kPiece;
+    const int row = row_of_thread<T, kPieces>(i);
+    const int64_t k = k0 + row, first = c0 + i % kPieces * kPiece;
     const int valid = k < output_channels ? channels.valid(first) : 0;
-    T* const to = shared + i / kPieces * pitch<T>(kColumns) + i % kPieces * kPiece;
+    T* const to = shared + row * pitch<T>(kColumns) + i % kPieces * kPiece;
     const T* const from = tap + k * weight.stride_k + first * weight.stride_c;
     if (valid <= 0) {
       zero_piece(to);
@@ -332,7 +344,7 @@ PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
     } else {
 #pragma unroll
       for (int j = 0; j < kPiece; ++j)
-        to[j] = j < valid ? load(from + j * weight.stride_c) : narrow<T>(0.f);
+        store_shared(to + j, j < valid ? load(from + j * weight.stride_c) : narrow<T>(0.f));
     }
   }
 }
@@ -384,13 +396,13 @@ PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, cons
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) a[m][h] = *a_at(16 * m + lane / 4 + 8 * h, k);
+        for (int h = 0; h < 2; ++h) a[m][h] = load_shared(a_at(16 * m + lane / 4 + 8 * h, k));
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         if (8 * n >= live) break;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float b = *b_at(8 * n + lane % 4 * 2 + e, k);
+          const float b = load_shared(b_at(8 * n + lane % 4 * 2 + e, k));
 #pragma unroll
           for (int m = 0; m < kM; ++m)
 #pragma unroll

@@ -13,8 +13,13 @@ constexpr int kTilePixels = 128;
 constexpr int kTileChannels = 64;
 constexpr int kChunk = 32;  // source channels of a step
 constexpr int kTapsPerStep = 3;
-constexpr int kStagePitch = kTileChannels + 8;  // floats: no bank conflicts from mma's layout
-constexpr int64_t kResidentBytes = 48 * 1024;   // of weights that stay
+
+// Where channel c lies in a row of the stage: 4 floats are left free after each 32, so that neither
+// mma's layout nor pieces that are 32 channels apart meet in a bank.
+__host__ __device__ constexpr int stage_column(int c) { return c + c / 32 * 4; }
+constexpr int kStagePitch = stage_column(kTileChannels);
+
+constexpr int64_t kResidentBytes = 48 * 1024;  // of weights that stay
 
 // Shared memory, in bytes from its start; the table of rows comes first.
 constexpr int kAxesAt = kTilePixels * static_cast<int>(sizeof(int));
@@ -191,7 +196,9 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
           if (k0 >= source_left) break;
           multiply<T, false, kDgrad>(
               sums, live,
-              [&](int m, int k) { return taps + table[warp * 32 + m] + t * kPitch + k0 + k; },
+              [&](int m, int k) {
+                return taps + load_shared(table + warp * 32 + m) + t * kPitch + k0 + k;
+              },
               [&](int n, int k) {
                 return kDgrad ? weights + (k0 + k) * kWeightPitch + n
                               : weights + n * kWeightPitch + k0 + k;
@@ -207,9 +214,10 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float* const at =
-              stage + (warp * 32 + 16 * m + 8 * h + lane / 4) * kStagePitch + 8 * n + lane % 4 * 2;
-          *reinterpret_cast<float2*>(at) = make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]);
+          float2* const at = reinterpret_cast<float2*>(
+              stage + (warp * 32 + 16 * m + 8 * h + lane / 4) * kStagePitch + stage_column(8 * n) +
+              lane % 4 * 2);
+          store_shared(at, make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]));
         }
     __syncthreads();
     mine.begin_tile(my_channel);
@@ -222,7 +230,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
         if (n >= tiling.images || i >= r.outputs || j >= c.outputs) continue;
         const int64_t y = r.out_first + i * r.out_step, x = c.out_first + j * c.out_step;
         Piece v;
-        read_piece(stage + m * kStagePitch + column * kPiece, v);
+        read_piece(stage + m * kStagePitch + stage_column(column * kPiece), v);
         mine.store(((n * height + y) * width + x) * result.count + my_channel, v);
       }
     __syncthreads();  // the next tile's windows lie where the stage was

@@ -42,7 +42,9 @@ struct ReductionMemory {
   ReductionMemory() = default;
   ReductionMemory(const CudaRuntime& runtime, int values, int64_t parts, int64_t channels,
                   int64_t groups) {
-    const int64_t ticket_bytes = ceil_div(groups * static_cast<int64_t>(sizeof(int)), 16) * 16;
+    constexpr int64_t kLine = 128;  // so that a row of partial results begins where a sector does
+    const int64_t ticket_bytes =
+        ceil_div(groups * static_cast<int64_t>(sizeof(int)), kLine) * kLine;
     const int64_t bytes = parts * values * channels * static_cast<int64_t>(sizeof(float));
     void* const memory = runtime.allocate(ticket_bytes + bytes, runtime.context);
     tickets = static_cast<int*>(memory);

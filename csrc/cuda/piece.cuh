@@ -105,10 +105,14 @@ template <typename T>
 PREACT_DEVICE void read_piece(const T* shared, Piece& v) {
   const Bytes16* const raw = reinterpret_cast<const Bytes16*>(shared);
   if constexpr (sizeof(T) == 2) {
-    widen_piece(raw[0], v, T{});
+    widen_piece(load_shared(raw), v, T{});
   } else {
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) v[j] = __uint_as_float(raw[j / 4].word[j % 4]);
+    for (int half = 0; half < 2; ++half) {
+      const Bytes16 in = load_shared(raw + half);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[4 * half + j] = __uint_as_float(in.word[j]);
+    }
   }
 }
 
@@ -116,14 +120,14 @@ template <typename T>
 PREACT_DEVICE void write_piece(T* shared, const Piece& v) {
   Bytes16* const raw = reinterpret_cast<Bytes16*>(shared);
   if constexpr (sizeof(T) == 2) {
-    raw[0] = narrow_piece<T>(v);
+    store_shared(raw, narrow_piece<T>(v));
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Bytes16 out;
 #pragma unroll
       for (int j = 0; j < 4; ++j) out.word[j] = __float_as_uint(v[4 * half + j]);
-      raw[half] = out;
+      store_shared(raw + half, out);
     }
   }
 }

@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_wgrad_kernel(
         if (t < taps)
           multiply<T, true, true>(
               sums[t], live, [&](int m, int p) { return a + (p0 + p) * kPitch + m; },
-              [&](int n, int p) { return b + table[p0 + p] + t * kPitch + n; });
+              [&](int n, int p) { return b + load_shared(table + p0 + p) + t * kPitch + n; });
     }
   }
 
@@ -108,13 +108,20 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_wgrad_kernel(
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int64_t row = first_k + warp_k + 16 * m + i / 2 * 8 + lane / 4;
-          const int64_t column = first_c + warp_c + 8 * n + lane % 4 * 2 + i % 2;
+        for (int h = 0; h < 2; ++h) {
+          const int64_t row = first_k + warp_k + 16 * m + 8 * h + lane / 4;
+          const int64_t column = first_c + warp_c + 8 * n + lane % 4 * 2;
           if (t >= taps || row >= k || column >= c) continue;
           const int64_t tap = int64_t{tap_row} * kernel_width + first_tap + t;
           const int64_t plane = blockIdx.x * s.kernel_height * s.kernel_width + tap;
-          store(partial + (plane * k + row) * c + column, sums[t][m][n][i]);
+          float* const to = partial + (plane * k + row) * c + column;
+          const float2 pair = make_float2(sums[t][m][n][2 * h], sums[t][m][n][2 * h + 1]);
+          if (c % 2 == 0) {
+            store(reinterpret_cast<float2*>(to), pair);
+          } else {
+            store(to, pair.x);
+            if (column + 1 < c) store(to + 1, pair.y);
+          }
         }
 }
 

@@ -82,6 +82,25 @@ PREACT_DEVICE void store(T* p, T v) {
   *p = v;
 }
 
+// Shared memory, each T in one instruction; the emulator counts what goes through here.
+template <typename T>
+PREACT_DEVICE T load_shared(const T* p) {
+  return *p;
+}
+template <>
+PREACT_DEVICE Bytes16 load_shared(const Bytes16* p) {
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+template <typename T>
+PREACT_DEVICE void store_shared(T* p, T v) {
+  *p = v;
+}
+template <>
+PREACT_DEVICE void store_shared(Bytes16* p, Bytes16 v) {
+  *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+
 // Copies 16 bytes from global into shared memory; there after copies_wait by the same thread.
 PREACT_DEVICE void copy16(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

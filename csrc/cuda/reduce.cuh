@@ -125,15 +125,17 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
   using Partial = typename PiecePartial::Total;
   constexpr int kValues = Partial::kValues;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const auto at = [&](int value, int slice, int slices, int c) -> float& {
-    return shared[(value * slices + slice) * r.width + c];
+  const auto at = [&](int value, int slice, int slices, int c) {
+    // The threads that write the same channel of their pieces find it in different banks.
+    const int i = slice * r.width + c;
+    return shared + value * slices * r.width + (i ^ i / 32 % kPiece);
   };
   const auto merged = [&](int slices, int c) {
     Partial total;
     for (int slice = 0; slice < slices; ++slice) {
       float values[kValues];
 #pragma unroll
-      for (int v = 0; v < kValues; ++v) values[v] = at(v, slice, slices, c);
+      for (int v = 0; v < kValues; ++v) values[v] = load_shared(at(v, slice, slices, c));
       total.merge(values);
     }
     return total;
@@ -146,7 +148,8 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
       float values[kValues];
       mine.get(j, values);
 #pragma unroll
-      for (int v = 0; v < kValues; ++v) at(v, row, rows, column * kPiece + j) = values[v];
+      for (int v = 0; v < kValues; ++v)
+        store_shared(at(v, row, rows, column * kPiece + j), values[v]);
     }
   }
   __syncthreads();
@@ -161,9 +164,9 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
   __threadfence();
   __syncthreads();
   int* const last = reinterpret_cast<int*>(shared);
-  if (thread == 0) *last = count_arrival(r.ticket) == r.parts - 1;
+  if (thread == 0) store_shared(last, int{count_arrival(r.ticket) == r.parts - 1});
   __syncthreads();
-  if (!*last) return;
+  if (!load_shared(last)) return;
   __threadfence();
   __syncthreads();
 
@@ -184,7 +187,7 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
     float values[kValues];
     total.get(values);
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) at(v, slice, slices, c) = values[v];
+    for (int v = 0; v < kValues; ++v) store_shared(at(v, slice, slices, c), values[v]);
   }
   __syncthreads();
   for (int c = thread; c < r.width && r.first + c < r.channels; c += threads)

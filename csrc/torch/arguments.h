@@ -150,7 +150,9 @@ inline Weight weight_of(const Tensor& weight, const Tensor& input, int64_t chann
         ", R, S), got ", text(sizes));
   check_dtype("weight", weight, input.scalar_type());
   const auto strides = weight.strides();
-  return {data(weight), strides[0], strides[1], strides[2], strides[3]};
+  // Of a dimension of size 1 torch's stride says nothing, and must not spoil the vectors.
+  const auto stride = [&](size_t i) { return sizes[i] == 1 ? 0 : strides[i]; };
+  return {data(weight), strides[0], strides[1], stride(2), stride(3)};
 }
 
 // The checked tensors behind an OutputGrad.

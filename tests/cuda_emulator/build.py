@@ -1,6 +1,7 @@
 """Compiles csrc/cuda for the emulator: one library of operators, torch.ops.<namespace>."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 
+OWN = [HERE / name for name in ("emulator.cpp", "counters.cpp", "register.cpp")]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZED = ["-Wno-clobbered", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -51,7 +53,7 @@ def build(
     # device.cu asks the driver what it is; there is none here.
     kernels = [source for source in sorted(cuda.glob("*.cu")) if source.name != "device.cu"]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(compile, [*kernels, HERE / "emulator.cpp", HERE / "register.cpp"]))
+        objects = list(pool.map(compile, [*kernels, *OWN]))
     if reuse is not None:
         built = {path.name for path in objects}
         objects += [path for path in reuse.glob("*.cu.o") if path.name not in built]
@@ -60,6 +62,21 @@ def build(
     command = [*compiler, *flags, "-shared", *map(str, objects), *libraries, "-o", str(library)]
     subprocess.run(command, check=True)
     return library
+
+
+def broken(folder: Path, kernel: str, before: str, after: str, file: str | None = None) -> Path:
+    """A folder with a kernel, and the headers, in one file of which one thing is broken."""
+    cuda = folder / "broken"
+    cuda.mkdir()
+    shutil.copy(CSRC / "preact.h", folder)
+    for source in [*(CSRC / "cuda").glob("*.cuh"), CSRC / "cuda" / "bn_affine.cu"]:
+        shutil.copy(source, cuda)
+    shutil.copy(CSRC / "cuda" / kernel, cuda)
+    target = cuda / (file or kernel)
+    text = target.read_text()
+    assert text.count(before) == 1, target.name
+    target.write_text(text.replace(before, after))
+    return cuda
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 #include <random>
 #include <vector>
 
-#include "ptx.cuh"  // which includes emulator.h
+#include "counters.h"
+#include "ptx.cuh"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -14,7 +15,8 @@
 namespace emulator {
 
 Index thread, block, block_size, grid_size;
-Traffic traffic;
+Device device;
+bool recording = false;
 
 namespace {
 
@@ -31,6 +33,7 @@ struct Fiber {
   Index index;
   bool done = false;
   std::vector<Copy> copies;  // begun, not yet there
+  std::vector<Accessed> accessed;
 };
 
 struct Warp {
@@ -92,6 +95,15 @@ void begin_fiber() {
   leave_fiber(*fibers[self]);
 }
 
+// All lanes of a warp are as far as each other: what they accessed since the last time can be put
+// side by side.
+void count_warp(int warp) {
+  if (!counting) return;
+  std::vector<Accessed>* lanes[32];
+  for (int l = 0; l < 32; ++l) lanes[l] = &fibers[warp * 32 + l]->accessed;
+  count_accesses(lanes, shared_bytes_begin);
+}
+
 void run_block() {
   ready.clear();
   waiting = 0;
@@ -110,6 +122,7 @@ void run_block() {
     fiber.index = {static_cast<unsigned>(t), 0, 0};
     fiber.done = false;
     fiber.copies.clear();
+    fiber.accessed.clear();
     ready.push_back(t);
   }
   int done = 0;
@@ -122,6 +135,7 @@ void run_block() {
     enter_fiber(*fibers[self]);
     done += fibers[self]->done;
   }
+  for (int warp = 0; warp < threads / 32 && error.empty(); ++warp) count_warp(warp);
   if (error.empty() && done < threads)
     error = "a barrier that " + std::to_string(waiting) + " of " + std::to_string(threads) +
             " threads reached";
@@ -136,6 +150,7 @@ unsigned char* shared() { return shared_bytes_begin; }
 void barrier() {
   if (++waiting < threads) return yield();
   waiting = 0;
+  for (int warp = 0; warp < threads / 32; ++warp) count_warp(warp);
   for (int t = 0; t < threads; ++t)
     if (t != self) ready.push_back(t);
 }
@@ -148,9 +163,14 @@ void together(void* mine, void (*all)(void* (&lanes)[32])) {
   warp.lanes[self % 32] = mine;
   if (++warp.arrived < 32) return yield();
   warp.arrived = 0;
+  count_warp(self / 32);
   all(warp.lanes);
   for (int t = self / 32 * 32; t < self / 32 * 32 + 32; ++t)
     if (t != self) ready.push_back(t);
+}
+
+__attribute__((noinline)) void count(Access access, const void* p, int bytes) {
+  if (counting) fibers[self]->accessed.push_back({__builtin_return_address(0), p, access, bytes});
 }
 
 void copy_later(void* to, const void* from) { fibers[self]->copies.push_back({to, from}); }
@@ -164,8 +184,9 @@ void check_aligned(const void* p, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % 16) fail(std::string(what) + " at no multiple of 16 bytes");
 }
 
-void run(const char* name, Index grid, int block_threads, int64_t shared_bytes,
+void run(const char* name, const void* symbol, Index grid, int block_threads, int64_t shared_bytes,
          const std::function<void()>& body) {
+  if (recording) return record_launch({name, symbol, grid, block_threads, shared_bytes});
   if (block_threads % 32) throw std::invalid_argument(std::string(name) + ": no whole warps");
   threads = block_threads;
   kernel = &body;

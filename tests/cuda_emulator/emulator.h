@@ -26,22 +26,20 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-struct Traffic {
-  int64_t read = 0, written = 0;  // bytes of 16-bit tensors in global memory: not the vectors
-  int64_t conflicts = 0;          // extra passes of ldmatrix over the banks
+struct Device {
+  int multiprocessors = 2;  // few, so that small cases give each block several tiles
+  int64_t most_shared_bytes = 163 * 1024;
 };
 
 extern Index thread, block, block_size, grid_size;
-extern Traffic traffic;
+extern Device device;
+extern bool recording;  // launches are written down and not run
 
-template <typename T>
-void count_read(int64_t bytes) {
-  if (sizeof(T) == 2) traffic.read += bytes;
-}
-template <typename T>
-void count_write(int64_t bytes) {
-  if (sizeof(T) == 2) traffic.written += bytes;
-}
+// An access of this thread, seen by counters.cpp while it counts. The place in the code that it
+// returns to is the program point; all helpers below are inlined, so that each use is one of its
+// own.
+enum Access { kRead, kWritten, kSharedRead, kSharedWritten };
+void count(Access access, const void* p, int bytes);
 
 void seed(uint64_t value);  // of the orders of threads and blocks
 void barrier();
@@ -54,7 +52,7 @@ void check_aligned(const void* p, const char* what);
 // lane's. Lanes that meet at different instructions are an error.
 void together(void* mine, void (*all)(void* (&lanes)[32]));
 
-void run(const char* name, Index grid, int threads, int64_t shared_bytes,
+void run(const char* name, const void* symbol, Index grid, int threads, int64_t shared_bytes,
          const std::function<void()>& kernel);
 
 }  // namespace emulator
@@ -100,36 +98,50 @@ uint32_t narrow_pair(float low, float high, T) {
 inline unsigned char* shared_memory() { return emulator::shared(); }
 
 template <typename T>
-Bytes16 load16(const T* p) {
+PREACT_DEVICE Bytes16 load16(const T* p) {
   emulator::check_aligned(p, "load16");
-  emulator::count_read<T>(16);
+  emulator::count(emulator::kRead, p, 16);
   Bytes16 v;
   std::memcpy(&v, p, 16);
   return v;
 }
 template <typename T>
-T load(const T* p) {
-  emulator::count_read<T>(sizeof(T));
+PREACT_DEVICE T load(const T* p) {
+  emulator::count(emulator::kRead, p, sizeof(T));
   return *p;
 }
-inline float load_fresh(const float* p) { return load(p); }
+PREACT_DEVICE float load_fresh(const float* p) { return load(p); }
 
 template <typename T>
-void store16(T* p, const Bytes16& v) {
+PREACT_DEVICE void store16(T* p, const Bytes16& v) {
   emulator::check_aligned(p, "store16");
-  emulator::count_write<T>(16);
+  emulator::count(emulator::kWritten, p, 16);
   std::memcpy(p, &v, 16);
 }
 template <typename T>
-void store(T* p, T v) {
-  emulator::count_write<T>(sizeof(T));
+PREACT_DEVICE void store(T* p, T v) {
+  emulator::count(emulator::kWritten, p, sizeof(T));
   *p = v;
 }
 
-inline void copy16(void* shared, const void* global) {
+template <typename T>
+PREACT_DEVICE T load_shared(const T* p) {
+  if (sizeof(T) == 16) emulator::check_aligned(p, "load_shared");
+  emulator::count(emulator::kSharedRead, p, sizeof(T));
+  return *p;
+}
+template <typename T>
+PREACT_DEVICE void store_shared(T* p, T v) {
+  if (sizeof(T) == 16) emulator::check_aligned(p, "store_shared");
+  emulator::count(emulator::kSharedWritten, p, sizeof(T));
+  *p = v;
+}
+
+PREACT_DEVICE void copy16(void* shared, const void* global) {
   emulator::check_aligned(shared, "copy16");
   emulator::check_aligned(global, "copy16");
-  emulator::traffic.read += 16;
+  emulator::count(emulator::kRead, global, 16);
+  emulator::count(emulator::kSharedWritten, shared, 16);
   emulator::copy_later(shared, global);
 }
 inline void copies_wait() { emulator::finish_copies(); }
@@ -147,20 +159,11 @@ void load_all_matrices(void* (&lanes)[32]) {
   const auto lane = [&](int l) { return static_cast<LoadMatrices*>(lanes[l]); };
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t values[8][8];
-    int rows_of_bank[8] = {};
     for (int row = 0; row < 8; ++row) {
       const void* const p = lane(8 * matrix + row)->row;
       emulator::check_aligned(p, "ldmatrix");
       std::memcpy(values[row], p, 16);
-      // Rows of the same address are one access; those that share banks are one pass each.
-      bool again = false;
-      for (int before = 0; before < row; ++before)
-        again = again || lane(8 * matrix + before)->row == p;
-      if (!again) ++rows_of_bank[reinterpret_cast<uintptr_t>(p) / 16 % 8];
     }
-    int passes = 1;
-    for (int rows : rows_of_bank) passes = rows > passes ? rows : passes;
-    emulator::traffic.conflicts += passes - 1;
     for (int l = 0; l < 32; ++l) {
       const int row = l / 4, column = l % 4 * 2;
       const uint32_t low = kTransposed ? values[column][row] : values[row][column];
@@ -169,12 +172,14 @@ void load_all_matrices(void* (&lanes)[32]) {
     }
   }
 }
-inline void load_matrices(uint32_t (&out)[4], const void* row) {
+PREACT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+  emulator::count(emulator::kSharedRead, row, 16);
   LoadMatrices mine{row, {}};
   emulator::together(&mine, load_all_matrices<false>);
   std::memcpy(out, mine.out, sizeof(out));
 }
-inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+PREACT_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  emulator::count(emulator::kSharedRead, row, 16);
   LoadMatrices mine{row, {}};
   emulator::together(&mine, load_all_matrices<true>);
   std::memcpy(out, mine.out, sizeof(out));
@@ -213,9 +218,8 @@ void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 // --- launches ------------------------------------------------------------------------------------
 
-// Few, so that small cases give each block several tiles.
-inline int multiprocessors(int) { return 2; }
-inline int64_t most_shared_bytes(int) { return 163 * 1024; }
+inline int multiprocessors(int) { return emulator::device.multiprocessors; }
+inline int64_t most_shared_bytes(int) { return emulator::device.most_shared_bytes; }
 inline void zero(void* memory, int64_t bytes, int, void*) {
   std::memset(memory, 0, static_cast<size_t>(bytes));
 }
@@ -227,8 +231,8 @@ struct Grid {
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             int64_t shared_bytes, int, void*, const Arguments&... arguments) {
-  emulator::run(name, {grid.x, grid.y, grid.z}, threads, shared_bytes,
-                [&] { kernel(arguments...); });
+  emulator::run(name, reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads,
+                shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace preact::cuda

@@ -2,16 +2,15 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulator.build import CSRC, build
+from cuda_emulator.build import broken, build
 from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
-from cuda_emulator.conftest import Emulator
+from cuda_emulator.emulator import Emulator
 from numerics import assert_rule, make_case
 
 from fused_preact import ops, reference
@@ -88,84 +87,7 @@ def test_checks_name_the_argument(emulator):
         op.bn_stats(u.double())
 
 
-# --- memory --------------------------------------------------------------------------------------
-
-
-def within(actual: int, expected: float, percent: float) -> bool:
-    return abs(actual - expected) <= percent / 100 * expected
-
-
-def traffic(emulator, name, *arguments):
-    emulator.traffic()
-    getattr(emulator.operators, name)(*arguments)
-    return emulator.traffic()
-
-
-@pytest.fixture
-def activations():
-    def make(channels, size=16):
-        values = torch.randn(2, channels, size, size).to(torch.bfloat16)
-        return values.contiguous(memory_format=torch.channels_last)
-
-    return make
-
-
-def test_pointwise_kernels_touch_each_value_once(emulator, activations):
-    """Byte for byte, what their heads say."""
-    u, dh = activations(64), activations(64)
-    affine, sums = torch.rand(4, 64), torch.rand(2, 64)
-    size = 2 * u.numel()
-    assert traffic(emulator, "bn_stats", u)[:2] == (size, 0)
-    assert traffic(emulator, "bn_relu_forward", u, affine, "relu")[:2] == (size, size)
-    moved = traffic(emulator, "bn_relu_backward", dh, u, affine, "relu", True)
-    assert moved[:2] == (2 * size, size)
-    assert traffic(emulator, "residual_grad", dh, dh, u, affine, sums)[:2] == (3 * size, size)
-
-
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_convolutions_touch_what_their_heads_say(emulator, activations, kernel):
-    """Each input once, of a 3x3 also its patches' halo; each output once; the weights once a block.
-
-    Within 2%, and without a bank conflict.
-    """
-    c = k = 64
-    u, y = activations(c), activations(k)
-    weight = torch.randn(k, c, kernel, kernel).to(torch.bfloat16)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    affine, sums = torch.rand(4, 64), torch.rand(2, 64)
-    pad = kernel // 2
-    geometry = ((1, 1), (pad,) * 4, (1, 1), 1, "relu")
-    size, tiles = 2 * u.numel(), u.shape[0] * 2
-    # an 8x16 patch of a 16x16 image reads 9 of its rows, twice
-    source = size * (9 / 8 if kernel == 3 else 1)
-    # 1x1: resident, once for each of the blocks, one a tile; 3x3: streamed, once a tile
-    weights = tiles * 2 * weight.numel()
-    read, written, conflicts = traffic(
-        emulator, "preact_conv_forward", u, affine, weight, y, *geometry, True
-    )
-    assert within(read, source + size + weights, 2) and written == size and conflicts == 0
-    read, written, conflicts = traffic(
-        emulator, "preact_conv_dgrad", y, y, affine, sums, weight, u, affine, None, *geometry, True
-    )
-    assert within(read, 2 * source + size + weights, 2) and written == size and conflicts == 0
-
-
 # --- what it finds -------------------------------------------------------------------------------
-
-
-def broken(folder: Path, name: str, before: str, after: str) -> Path:
-    """A folder with a kernel, and the headers, in which one thing is broken."""
-    cuda = folder / "broken"
-    cuda.mkdir()
-    for header in (CSRC / "cuda").glob("*.cuh"):
-        shutil.copy(header, cuda)
-    shutil.copy(CSRC / "preact.h", folder)
-    for source in {name, "bn_affine.cu"} - {path.name for path in cuda.iterdir()}:
-        shutil.copy(CSRC / "cuda" / source, cuda)
-    text = (CSRC / "cuda" / name).read_text()
-    assert text.count(before) == 1, name
-    (cuda / name).write_text(text.replace(before, after))
-    return cuda
 
 
 @pytest.mark.skipif(SANITIZED, reason="builds by itself")
