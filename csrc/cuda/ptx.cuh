@@ -75,7 +75,10 @@ PREACT_DEVICE float load_fresh(const float* p) { return __ldcg(p); }
 
 template <typename T>
 PREACT_DEVICE void store16(T* p, const Bytes16& v) {
-  *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  // Of a uint4 whose words are used otherwise too, nvcc makes four stores.
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 template <typename T>
 PREACT_DEVICE void store(T* p, T v) {

@@ -104,6 +104,16 @@ void count_accesses(std::vector<Accessed>* (&lanes)[32], const unsigned char* sh
 
 void record_launch(const Launch& launch) { launches.push_back(launch); }
 
+void count_recorded(Access access, int bytes) {
+  ++launches.back().accesses[access][std::countr_zero(static_cast<unsigned>(bytes))];
+}
+
+void count_recorded_wait() { ++launches.back().waits; }
+
+void count_multiplication() {
+  if (recording) ++launches.back().multiplications;
+}
+
 }  // namespace emulator
 
 #define PREACT_CONTROL __attribute__((visibility("default")))
@@ -148,7 +158,7 @@ PREACT_CONTROL const char* emulator_points() {
   return emulator::text.c_str();
 }
 
-// From now on launches are recorded in place of run, as on a device like this.
+// From now on launches are recorded, not run, as on a device like this.
 PREACT_CONTROL void emulator_record(int on, int multiprocessors, int64_t most_shared_bytes) {
   emulator::recording = on;
   emulator::device = on ? emulator::Device{multiprocessors, most_shared_bytes} : emulator::Device{};
@@ -156,7 +166,8 @@ PREACT_CONTROL void emulator_record(int on, int multiprocessors, int64_t most_sh
 }
 
 // A line for each launch since the last call: the kernel's place in this library, grid, threads,
-// shared bytes, name.
+// shared bytes; of its first block, summed over threads, multiplications, waits for copies, and
+// accesses of 1, 2, 4, 8, 16 bytes that read, write, read shared memory, write shared memory.
 PREACT_CONTROL const char* emulator_launches() {
   Dl_info self;
   dladdr(reinterpret_cast<const void*>(&emulator_launches), &self);
@@ -164,10 +175,13 @@ PREACT_CONTROL const char* emulator_launches() {
   for (const emulator::Launch& launch : emulator::launches) {
     const int64_t at =
         static_cast<const char*>(launch.kernel) - static_cast<const char*>(self.dli_fbase);
-    for (int64_t value : {at, int64_t{launch.grid.x}, int64_t{launch.grid.y},
-                          int64_t{launch.grid.z}, int64_t{launch.threads}, launch.shared_bytes})
+    for (int64_t value :
+         {at, int64_t{launch.grid.x}, int64_t{launch.grid.y}, int64_t{launch.grid.z},
+          int64_t{launch.threads}, launch.shared_bytes, launch.multiplications, launch.waits})
       emulator::text += std::to_string(value) + " ";
-    emulator::text += std::string(launch.name) + "\n";
+    for (const auto& of_access : launch.accesses)
+      for (int64_t value : of_access) emulator::text += std::to_string(value) + " ";
+    emulator::text += "\n";
   }
   emulator::launches.clear();
   return emulator::text.c_str();

@@ -25,7 +25,12 @@ struct Launch {
   Index grid;
   int threads;
   int64_t shared_bytes;
+  // Of the first block: accesses of its threads by access and log2 of bytes, multiplications, waits
+  // for copies.
+  int64_t accesses[4][5] = {}, multiplications = 0, waits = 0;
 };
 void record_launch(const Launch& launch);
+void count_recorded(Access access, int bytes);
+void count_recorded_wait();
 
 }  // namespace emulator

@@ -46,7 +46,7 @@ std::mt19937_64 order(1);
 std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block, for their stacks
 std::vector<Warp> warps;
 std::vector<int> ready;
-int threads, waiting, self;
+int threads, waiting, self = 0;
 ucontext_t scheduler;
 unsigned char* shared_bytes_begin;
 std::string error;
@@ -148,6 +148,7 @@ void seed(uint64_t value) { order.seed(value); }
 unsigned char* shared() { return shared_bytes_begin; }
 
 void barrier() {
+  if (recording) return;
   if (++waiting < threads) return yield();
   waiting = 0;
   for (int warp = 0; warp < threads / 32; ++warp) count_warp(warp);
@@ -156,6 +157,7 @@ void barrier() {
 }
 
 void together(void* mine, void (*all)(void* (&lanes)[32])) {
+  if (recording) return;
   Warp& warp = warps[self / 32];
   if (warp.arrived > 0 && warp.instruction != all)
     fail("lanes of a warp at different instructions");
@@ -169,13 +171,19 @@ void together(void* mine, void (*all)(void* (&lanes)[32])) {
     if (t != self) ready.push_back(t);
 }
 
-__attribute__((noinline)) void count(Access access, const void* p, int bytes) {
+__attribute__((noinline)) bool count(Access access, const void* p, int bytes) {
+  if (recording) {
+    count_recorded(access, bytes);
+    return false;
+  }
   if (counting) fibers[self]->accessed.push_back({__builtin_return_address(0), p, access, bytes});
+  return true;
 }
 
 void copy_later(void* to, const void* from) { fibers[self]->copies.push_back({to, from}); }
 
 void finish_copies() {
+  if (recording) return count_recorded_wait();
   for (const Copy& copy : fibers[self]->copies) std::memcpy(copy.to, copy.from, 16);
   fibers[self]->copies.clear();
 }
@@ -186,7 +194,20 @@ void check_aligned(const void* p, const char* what) {
 
 void run(const char* name, const void* symbol, Index grid, int block_threads, int64_t shared_bytes,
          const std::function<void()>& body) {
-  if (recording) return record_launch({name, symbol, grid, block_threads, shared_bytes});
+  if (recording) {
+    record_launch({name, symbol, grid, block_threads, shared_bytes});
+    const std::vector<unsigned char> memory(static_cast<size_t>(shared_bytes) + 128);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data());
+    shared_bytes_begin = reinterpret_cast<unsigned char*>((begin + 127) / 128 * 128);
+    block_size = {static_cast<unsigned>(block_threads), 1, 1};
+    grid_size = grid;
+    block = {};
+    for (unsigned t = 0; t < block_size.x; ++t) {
+      thread = {t, 0, 0};
+      body();
+    }
+    return;
+  }
   if (block_threads % 32) throw std::invalid_argument(std::string(name) + ": no whole warps");
   threads = block_threads;
   kernel = &body;

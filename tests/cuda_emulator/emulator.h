@@ -33,13 +33,14 @@ struct Device {
 
 extern Index thread, block, block_size, grid_size;
 extern Device device;
-extern bool recording;  // launches are written down and not run
+extern bool recording;  // launches are written down; their first block runs without its data
 
 // An access of this thread, seen by counters.cpp while it counts. The place in the code that it
 // returns to is the program point; all helpers below are inlined, so that each use is one of its
-// own.
+// own. False: there is no data, leave it.
 enum Access { kRead, kWritten, kSharedRead, kSharedWritten };
-void count(Access access, const void* p, int bytes);
+bool count(Access access, const void* p, int bytes);
+void count_multiplication();
 
 void seed(uint64_t value);  // of the orders of threads and blocks
 void barrier();
@@ -100,49 +101,43 @@ inline unsigned char* shared_memory() { return emulator::shared(); }
 template <typename T>
 PREACT_DEVICE Bytes16 load16(const T* p) {
   emulator::check_aligned(p, "load16");
-  emulator::count(emulator::kRead, p, 16);
+  if (!emulator::count(emulator::kRead, p, 16)) return {};
   Bytes16 v;
   std::memcpy(&v, p, 16);
   return v;
 }
 template <typename T>
 PREACT_DEVICE T load(const T* p) {
-  emulator::count(emulator::kRead, p, sizeof(T));
-  return *p;
+  return emulator::count(emulator::kRead, p, sizeof(T)) ? *p : T{};
 }
 PREACT_DEVICE float load_fresh(const float* p) { return load(p); }
 
 template <typename T>
 PREACT_DEVICE void store16(T* p, const Bytes16& v) {
   emulator::check_aligned(p, "store16");
-  emulator::count(emulator::kWritten, p, 16);
-  std::memcpy(p, &v, 16);
+  if (emulator::count(emulator::kWritten, p, 16)) std::memcpy(p, &v, 16);
 }
 template <typename T>
 PREACT_DEVICE void store(T* p, T v) {
-  emulator::count(emulator::kWritten, p, sizeof(T));
-  *p = v;
+  if (emulator::count(emulator::kWritten, p, sizeof(T))) *p = v;
 }
 
 template <typename T>
 PREACT_DEVICE T load_shared(const T* p) {
   if (sizeof(T) == 16) emulator::check_aligned(p, "load_shared");
-  emulator::count(emulator::kSharedRead, p, sizeof(T));
-  return *p;
+  return emulator::count(emulator::kSharedRead, p, sizeof(T)) ? *p : T{};
 }
 template <typename T>
 PREACT_DEVICE void store_shared(T* p, T v) {
   if (sizeof(T) == 16) emulator::check_aligned(p, "store_shared");
-  emulator::count(emulator::kSharedWritten, p, sizeof(T));
-  *p = v;
+  if (emulator::count(emulator::kSharedWritten, p, sizeof(T))) *p = v;
 }
 
 PREACT_DEVICE void copy16(void* shared, const void* global) {
   emulator::check_aligned(shared, "copy16");
   emulator::check_aligned(global, "copy16");
   emulator::count(emulator::kRead, global, 16);
-  emulator::count(emulator::kSharedWritten, shared, 16);
-  emulator::copy_later(shared, global);
+  if (emulator::count(emulator::kSharedWritten, shared, 16)) emulator::copy_later(shared, global);
 }
 inline void copies_wait() { emulator::finish_copies(); }
 
@@ -173,14 +168,14 @@ void load_all_matrices(void* (&lanes)[32]) {
   }
 }
 PREACT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
-  emulator::count(emulator::kSharedRead, row, 16);
   LoadMatrices mine{row, {}};
+  if (!emulator::count(emulator::kSharedRead, row, 16)) return;
   emulator::together(&mine, load_all_matrices<false>);
   std::memcpy(out, mine.out, sizeof(out));
 }
 PREACT_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  emulator::count(emulator::kSharedRead, row, 16);
   LoadMatrices mine{row, {}};
+  if (!emulator::count(emulator::kSharedRead, row, 16)) return;
   emulator::together(&mine, load_all_matrices<true>);
   std::memcpy(out, mine.out, sizeof(out));
 }
@@ -212,6 +207,7 @@ void multiply_all_matrices(void* (&lanes)[32]) {
 }
 template <typename T>
 void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
+  emulator::count_multiplication();
   MatrixMultiply mine{c, a, {b0, b1}};
   emulator::together(&mine, multiply_all_matrices<T>);
 }
@@ -221,7 +217,7 @@ void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline int multiprocessors(int) { return emulator::device.multiprocessors; }
 inline int64_t most_shared_bytes(int) { return emulator::device.most_shared_bytes; }
 inline void zero(void* memory, int64_t bytes, int, void*) {
-  std::memset(memory, 0, static_cast<size_t>(bytes));
+  if (!emulator::recording) std::memset(memory, 0, static_cast<size_t>(bytes));
 }
 
 struct Grid {

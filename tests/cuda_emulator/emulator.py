@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from machine_code import kernel_name
 from torch import Tensor
 
 READ, WRITTEN, SHARED_READ, SHARED_WRITTEN = range(4)
@@ -41,6 +42,10 @@ class Launch:
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
+    # of its first block, in instructions of a warp
+    multiplications: float  # mma.m16n8k16
+    waits: float  # of each warp, for asynchronous copies
+    accesses: dict[tuple[int, int], float]  # by access and bytes of a lane
 
 
 class Counts:
@@ -96,18 +101,26 @@ class Emulator:
 
     @contextmanager
     def recording(self, multiprocessors: int, most_shared_bytes: int) -> Iterator[list[Launch]]:
-        """Launches as on such a device, none of them run: results are not to be looked at."""
+        """Launches as on such a device. None is run: tensors are not touched."""
         launches: list[Launch] = []
         record = self._controls.emulator_record
         record(1, multiprocessors, ctypes.c_int64(most_shared_bytes))
         try:
             yield launches
             for line in self._lines("emulator_launches"):
-                place, x, y, z, threads, shared_bytes, _ = line.split(maxsplit=6)
-                grid = int(x), int(y), int(z)
-                launches.append(
-                    Launch(self._kernel(int(place)), grid, int(threads), int(shared_bytes))
+                place, x, y, z, threads, shared_bytes, *counts = map(int, line.split())
+                multiplications, waits, *accesses = (count / 32 for count in counts)
+                by_kind = {(i // 5, 2 ** (i % 5)): n for i, n in enumerate(accesses) if n}
+                launch = Launch(
+                    self._kernel(place),
+                    (x, y, z),
+                    threads,
+                    shared_bytes,
+                    multiplications,
+                    waits / (threads / 32),
+                    by_kind,
                 )
+                launches.append(launch)
         finally:
             record(0, 0, ctypes.c_int64(0))
 
@@ -135,17 +148,3 @@ class Emulator:
                 if address and "_kernel" in name:
                     self._kernels[int(address, 16)] = kernel_name(name)
         return self._kernels[offset]
-
-
-def kernel_name(demangled: str) -> str:
-    """A kernel's name and template arguments, without namespaces before and parameters behind."""
-    start = demangled.rindex("::", 0, demangled.index("_kernel")) + 2
-    name = demangled[start:]
-    if "<" not in name.split("(")[0]:
-        return name.split("(")[0]
-    depth = 0
-    for i, character in enumerate(name):
-        depth += (character == "<") - (character == ">")
-        if character == ">" and depth == 0:
-            return name[: i + 1]
-    raise ValueError(f"no kernel: {demangled}")
