@@ -4,12 +4,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from contenders import Contender
+from graphs import captured
+from operators import OperatorCase, operator_cases, rotated
 from torch import Tensor, nn
 
 import fused_preact
-from fused_preact.resnet import create_model
+from fused_preact.resnet import PreActResNet, create_model, preact_resnet_cifar
 
-Step = Callable[[], list[Tensor]]
+Step = Callable[[int], list[Tensor]]  # one step on the images of an index
+
+# Images in a batch: a CPU's take seconds at most, a GPU's are those of the papers. There
+# R-200 has as many as float64 truth leaves room for.
+BATCHES = {
+    "cpu": {
+        "bottleneck": 64,
+        "imagenet": 8,
+        "basic": 16,
+        "R-164": 64,
+        "R-1001": 8,
+        "R-200": 4,
+        "PreActResNet-18": 16,
+        "WRN-28-10": 16,
+        "depth": 8,
+    },
+    "cuda": {
+        "bottleneck": 128,
+        "imagenet": 64,
+        "basic": 128,
+        "R-164": 128,
+        "R-1001": 128,
+        "R-200": 64,
+        "PreActResNet-18": 128,
+        "WRN-28-10": 128,
+        "depth": 128,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -18,6 +48,8 @@ class Case:
 
     passes  "forward" (evaluation), "forward+backward" (training), "attack" (the gradient of the
             input alone: frozen weights, evaluation mode).
+    quick   whether a run without --full has it.
+    deep    a network that takes too long to compile as a whole.
     """
 
     name: str
@@ -25,115 +57,154 @@ class Case:
     build: Callable[[], nn.Module]
     shape: tuple[int, int, int, int]
     passes: str
-    quick: bool  # whether a run without --full has it
+    quick: bool
+    deep: bool = False
+
+    def step(self, contender: Contender, dtype: torch.dtype, device: torch.device) -> Step:
+        """A step by a contender: each call runs it and returns what can be compared.
+
+        The same seed gives every contender the same weights and images. bfloat16 runs under
+        autocast, float64 is the truth that the others are checked against.
+        """
+        torch.manual_seed(0)
+        exact = torch.promote_types(dtype, torch.float32)
+        layout = contender.memory_format
+        model = self.build().to(device, exact).to(memory_format=layout)
+        model.train(self.passes == "forward+backward").requires_grad_(self.passes != "attack")
+        if layout == torch.contiguous_format and isinstance(model, PreActResNet):
+            # it turns its images to channels_last; from the stem on all is NCHW
+            model.conv1.register_forward_hook(lambda module, args, output: output.contiguous())
+        # a unit reads what the unit before it wrote; every dtype sees the same numbers
+        read = dtype if self.group == "unit" else exact
+        batch = [
+            torch.randn(self.shape).bfloat16().to(device, read).contiguous(memory_format=layout)
+            for _ in range(rotated(device))
+        ]
+        wants_grad = self.passes == "attack" or self.group == "unit"
+        run = _compiled(model, contender)
+
+        def forward(images: Tensor) -> Tensor:
+            with (
+                fused_preact.backend(contender.backend),
+                torch.autocast(device.type, dtype, enabled=dtype != exact),
+            ):
+                return run(images)
+
+        def step(images: Tensor) -> list[Tensor]:
+            if self.passes == "forward":
+                with torch.no_grad():
+                    return [forward(images)]
+            images = images.detach().requires_grad_(wants_grad)
+            output = forward(images)
+            loss = output.to(exact).square().mean()
+            if self.passes == "attack":
+                return [output.detach(), *torch.autograd.grad(loss, images)]
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            leaves = [images, *model.parameters()]
+            return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+        if contender.captured:
+            step = captured(step, batch[0])
+        return lambda index: step(batch[index % len(batch)])
 
 
-def contender(
-    case: Case,
-    backend: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_format: torch.memory_format = torch.channels_last,
-    compiled: bool = False,
-) -> Step:
-    """A step of case under one backend: each call runs it and returns what can be compared.
-
-    The same seed gives every contender the same weights and images. bfloat16 runs under autocast,
-    float64 is the truth that the others are checked against.
-    """
-    torch.manual_seed(0)
-    exact = torch.promote_types(dtype, torch.float32)
-    model = case.build().to(device, exact).to(memory_format=memory_format)
-    model.train(case.passes == "forward+backward").requires_grad_(case.passes != "attack")
-    images = torch.randn(case.shape).to(device, exact).contiguous(memory_format=memory_format)
-    images.requires_grad_(case.passes == "attack" or case.group == "unit")
-    run = torch.compile(model) if compiled else model
-
-    def forward() -> Tensor:
-        with (
-            fused_preact.backend(backend),
-            torch.autocast(device.type, dtype, enabled=dtype != exact),
-        ):
-            return run(images)
-
-    def step() -> list[Tensor]:
-        if case.passes == "forward":
-            with torch.no_grad():
-                return [forward()]
-        output = forward()
-        loss = output.to(exact).square().mean()
-        if case.passes == "attack":
-            return [output.detach(), torch.autograd.grad(loss, images)[0]]
-        model.zero_grad(set_to_none=True)
-        images.grad = None
-        loss.backward()
-        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        return [output.detach(), torch.cat(gradients)]
-
-    return step
+def _compiled(model: nn.Module, contender: Contender) -> Callable[[Tensor], Tensor]:
+    if contender.compiled is None:
+        return model
+    if not contender.units:
+        return torch.compile(model, mode=contender.compiled)
+    for unit in model.modules():
+        if isinstance(unit, fused_preact.PreActBlock | fused_preact.PreActBottleneck):
+            unit.compile(mode=contender.compiled)
+    return model
 
 
-def _bottleneck(in_planes: int, planes: int, stride: int = 1) -> Callable[[], nn.Module]:
-    return lambda: fused_preact.PreActBottleneck(in_planes, planes, stride)
+def all_cases(device: str) -> list[OperatorCase | Case]:
+    """Every case with the batches of a device, "cpu" or "cuda"."""
+    batches = BATCHES[device]
+    return [*operator_cases(batches), *_units(batches), *_networks(batches)]
 
 
-def _basic(in_planes: int, planes: int, stride: int = 1) -> Callable[[], nn.Module]:
-    return lambda: fused_preact.PreActBlock(in_planes, planes, stride)
+def _units(batches: dict[str, int]) -> list[Case]:
+    bottleneck, basic = fused_preact.PreActBottleneck, fused_preact.PreActBlock
+    kinds = [  # kind, batch, unit, stride, channels in, planes, size, quick
+        *(
+            ("bottleneck", "bottleneck", bottleneck, 1, 4 * planes, planes, size, True)
+            for size, planes in ((32, 16), (16, 32), (8, 64))
+        ),
+        *(
+            ("projection", "bottleneck", bottleneck, 2, in_planes, planes, size, False)
+            for size, planes, in_planes in ((32, 32, 64), (16, 64, 128))
+        ),
+        *(
+            ("bottleneck", "imagenet", bottleneck, 1, 4 * planes, planes, size, False)
+            for size, planes in ((56, 64), (28, 128), (14, 256), (7, 512))
+        ),
+        *(
+            ("basic", "basic", basic, 1, planes, planes, size, planes < 256)
+            for size, planes in ((32, 64), (16, 128), (8, 256), (4, 512))
+        ),
+        *(
+            ("basic", "basic", basic, 1, planes, planes, size, False)
+            for size, planes in ((32, 160), (16, 320), (8, 640))
+        ),
+    ]
+    return [
+        Case(
+            f"{kind}-{planes}x{size}",
+            "unit",
+            _unit(unit, in_planes, planes, stride),
+            (batches[batch], in_planes, size, size),
+            passes,
+            quick and passes != "forward",
+        )
+        for kind, batch, unit, stride, in_planes, planes, size, quick in kinds
+        for passes in ("forward", "forward+backward")
+    ]
+
+
+def _networks(batches: dict[str, int]) -> list[Case]:
+    train, attack = "forward+backward", "attack"
+    small, large = (3, 32, 32), (3, 224, 224)
+    r164, r18 = _model("preact_resnet164"), _model("preact_resnet18")
+    wide, r1001 = _model("wide_resnet28_10"), _model("preact_resnet1001")
+    r200 = _model("preact_resnet200", "imagenet", 1000)
+
+    def case(name, group, build, image, passes, quick, deep=False):
+        return Case(name, group, build, (batches[name], *image), passes, quick, deep)
+
+    return [
+        case("R-164", "step", r164, small, train, True, True),
+        case("R-1001", "step", r1001, small, train, False, True),
+        case("R-200", "step", r200, large, train, False, True),
+        case("PreActResNet-18", "step", r18, small, train, True),
+        case("WRN-28-10", "step", wide, small, train, False),
+        case("R-164", "attack", r164, small, attack, True, True),
+        case("PreActResNet-18", "attack", r18, small, attack, False),
+        case("WRN-28-10", "attack", wide, small, attack, False),
+        *(
+            Case(
+                f"R-{depth}",
+                "depth",
+                _cifar(depth),
+                (batches["depth"], *small),
+                train,
+                quick=False,
+                deep=True,
+            )
+            for depth in (29, 83, 164, 326)
+        ),
+    ]
+
+
+def _unit(unit: type[nn.Module], *sizes: int) -> Callable[[], nn.Module]:
+    return lambda: unit(*sizes)
 
 
 def _model(arch: str, stem: str = "cifar", num_classes: int = 10) -> Callable[[], nn.Module]:
     return lambda: create_model(arch, num_classes, stem)
 
 
-def _units() -> list[Case]:
-    cases = []
-    for size, planes in ((32, 16), (16, 32), (8, 64)):
-        shape = (64, 4 * planes, size, size)
-        cases.append(
-            ("bottleneck", f"{planes}x{size}", _bottleneck(4 * planes, planes), shape, True)
-        )
-    for size, planes, in_planes in ((32, 32, 64), (16, 64, 128)):
-        shape = (64, in_planes, size, size)
-        build = _bottleneck(in_planes, planes, 2)
-        cases.append(("projection", f"{planes}x{size}", build, shape, False))
-    for size, planes in ((56, 64), (28, 128), (14, 256), (7, 512)):
-        shape = (8, 4 * planes, size, size)
-        cases.append(
-            ("bottleneck", f"{planes}x{size}", _bottleneck(4 * planes, planes), shape, False)
-        )
-    for size, planes in ((32, 64), (16, 128), (8, 256), (4, 512)):
-        shape = (16, planes, size, size)
-        cases.append(("basic", f"{planes}x{size}", _basic(planes, planes), shape, planes < 256))
-    for size, planes in ((32, 160), (16, 320), (8, 640)):
-        shape = (16, planes, size, size)
-        cases.append(("basic", f"{planes}x{size}", _basic(planes, planes), shape, False))
-    return [
-        Case(f"{kind}-{label}", "unit", build, shape, passes, quick and passes != "forward")
-        for kind, label, build, shape, quick in cases
-        for passes in ("forward", "forward+backward")
-    ]
-
-
-def _steps() -> list[Case]:
-    train, attack = "forward+backward", "attack"
-    image = (3, 32, 32)
-    return [
-        Case("R-164", "step", _model("preact_resnet164"), (64, *image), train, True),
-        Case("R-1001", "step", _model("preact_resnet1001"), (8, *image), train, False),
-        Case(
-            "R-200",
-            "step",
-            _model("preact_resnet200", "imagenet", 1000),
-            (4, 3, 224, 224),
-            train,
-            False,
-        ),
-        Case("PreActResNet-18", "step", _model("preact_resnet18"), (16, *image), train, True),
-        Case("WRN-28-10", "step", _model("wide_resnet28_10"), (16, *image), train, False),
-        Case("R-164", "attack", _model("preact_resnet164"), (64, *image), attack, True),
-        Case("PreActResNet-18", "attack", _model("preact_resnet18"), (16, *image), attack, False),
-        Case("WRN-28-10", "attack", _model("wide_resnet28_10"), (16, *image), attack, False),
-    ]
-
-
-CASES = [*_units(), *_steps()]
+def _cifar(depth: int) -> Callable[[], nn.Module]:
+    return lambda: preact_resnet_cifar(depth, block=fused_preact.PreActBottleneck)

@@ -1,5 +1,6 @@
 """Options, the machine's figures, and the measurements that the benchmarks report."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,30 @@ from typing import Any
 import machine
 import pytest
 import torch
-from cases import Case, contender
-from check import check
+from cases import Case
+from check import AnyCase, check, comparable, errors
+from contenders import EAGER, REFERENCE, Contender
+from malloc import keep_freed_memory
 from measure import Measured, Traffic, alternate, ratios
 
-ROUNDS_SECONDS = 8.0  # of measuring a case, warm-up left out
-BASELINES = ("eager NCHW", "eager", "compile")
+ROUNDS_SECONDS = {"operator": 1.0, "unit": 4.0, "step": 8.0, "attack": 8.0, "depth": 8.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused_preact")
     group.addoption("--full", action="store_true", help="all shapes, dtypes and contenders")
-    group.addoption("--results", type=Path, help="a JSON file to write the results to")
+    group.addoption(
+        "--results",
+        type=Path,
+        help="a JSON file to write the results to, or a folder: then MACHINE/DEVICE.json in it, "
+        "with --full MACHINE/DEVICE-full.json",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    keep_freed_memory()
+    torch._dynamo.config.recompile_limit = 64  # units of all shapes share the code of forward()
+    torch.backends.cudnn.benchmark = True  # the better eager
 
 
 @pytest.fixture(scope="session")
@@ -26,70 +39,106 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session")
-def bandwidth(device: torch.device) -> float:
-    return machine.copy_bandwidth(device)
-
-
 class Measurements:
     """What has been measured so far, each case once with all its contenders side by side."""
 
-    def __init__(self, device: torch.device, bandwidth: float) -> None:
-        self.device, self.bandwidth = device, bandwidth
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bandwidth = machine.copy_bandwidth(device)
         self.rates = {t: machine.matmul_rate(device, t) for t in (torch.float32, torch.bfloat16)}
-        self._cases: dict[Any, tuple[dict[str, Measured], Traffic]] = {}
         self.rows: list[dict[str, Any]] = []
+        self._cases: dict[Any, tuple[dict[str, Measured | str], Traffic]] = {}
 
     def of(
-        self, case: Case, dtype: torch.dtype, names: tuple[str, ...]
-    ) -> tuple[dict[str, Measured], Traffic]:
+        self, case: AnyCase, dtype: torch.dtype, contenders: tuple[Contender, ...]
+    ) -> tuple[dict[str, Measured | str], Traffic]:
+        """Each contender's measurements, or why it is left out; and the floor of the case."""
         key = case, dtype
         if key not in self._cases:
-            steps = {name: self._contender(case, name, dtype) for name in names}
-            check(case, steps, self._contender(case, "eager", torch.float64), dtype)
-            ours = next(name for name in names if name not in BASELINES)
-            with Traffic(self.bandwidth, self.rates[dtype]) as traffic:
-                steps[ours]()
-            self._cases[key] = alternate(steps, self.device, ROUNDS_SECONDS), traffic
+            self._cases[key] = self._measure(case, dtype, contenders)
+            torch._dynamo.reset()  # nobody compiles, or keeps, what an earlier case compiled
+            gc.collect()
+            torch.cuda.empty_cache()
         return self._cases[key]
 
-    def _contender(self, case: Case, name: str, dtype: torch.dtype) -> Any:
-        layout = torch.contiguous_format if name == "eager NCHW" else torch.channels_last
-        backend = "eager" if name in BASELINES else name
-        return contender(case, backend, dtype, self.device, layout, compiled=name == "compile")
+    def _measure(
+        self, case: AnyCase, dtype: torch.dtype, contenders: tuple[Contender, ...]
+    ) -> tuple[dict[str, Measured | str], Traffic]:
+        definition = EAGER if isinstance(case, Case) else REFERENCE
+        true = self._truth(case, dtype, definition)
+        baseline = errors(comparable(case, case.step(definition, dtype, self.device)(0)), true)
+        steps, left_out = {}, {}
+        for contender in contenders:
+            try:
+                step = case.step(contender, dtype, self.device)
+                found = errors(comparable(case, step(0)), true)
+            except torch.cuda.OutOfMemoryError:
+                left_out[contender.name] = "does not fit into the GPU's memory beside the others"
+                continue
+            check(case, contender, found, baseline, dtype)
+            steps[contender.name] = step
+        ours = next(c for c in contenders if c.ours and not c.captured)
+        with Traffic(self.bandwidth, self.rates[dtype]) as traffic:
+            steps[ours.name](0)
+        seconds = ROUNDS_SECONDS[case.group]
+        return alternate(steps, self.device, seconds) | left_out, traffic
+
+    def _truth(
+        self, case: AnyCase, dtype: torch.dtype, definition: Contender
+    ) -> list[torch.Tensor | None]:
+        """In float64; beside bfloat16 float32 is truth enough for a network, and fits."""
+        network = isinstance(case, Case) and case.group != "unit"
+        exact = torch.float32 if network and dtype == torch.bfloat16 else torch.float64
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return comparable(case, case.step(definition, exact, self.device)(0))
 
 
 @pytest.fixture(scope="session")
-def measurements(request, device, bandwidth):
-    measured = Measurements(device, bandwidth)
+def measurements(request, device):
+    measured = Measurements(device)
     yield measured
     path = request.config.getoption("--results")
-    if path is not None and measured.rows:
-        rates = {str(dtype): rate for dtype, rate in measured.rates.items()}
-        figures = {"copy_bytes_per_second": bandwidth, "matmul_flops_per_second": rates}
-        result = {"machine": machine.describe(device) | figures, "rows": measured.rows}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    if path is None or not measured.rows:
+        return
+    if path.suffix != ".json":
+        full = "-full" if request.config.getoption("--full") else ""
+        path = path / machine.slug(device) / f"{device.type}{full}.json"
+    rates = {str(dtype): rate for dtype, rate in measured.rates.items()}
+    figures = {"copy_bytes_per_second": measured.bandwidth, "matmul_flops_per_second": rates}
+    result = {"machine": machine.describe(device) | figures, "rows": measured.rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nresults in {path}")
 
 
 @pytest.fixture
 def report(measurements, benchmark):
     """Hands a contender's seconds to pytest-benchmark, with its ratios, memory and floor."""
 
-    def replay(case: Case, dtype: torch.dtype, name: str, names: tuple[str, ...]) -> None:
-        measured, traffic = measurements.of(case, dtype, names)
-        own = measured[name]
-        info = {
-            "contender": name,
+    def replay(
+        case: AnyCase, dtype: torch.dtype, contender: Contender, contenders: tuple[Contender, ...]
+    ) -> None:
+        measured, traffic = measurements.of(case, dtype, contenders)
+        own = measured[contender.name]
+        if isinstance(own, str):
+            pytest.skip(f"{contender.name}: {own}")
+        info: dict[str, Any] = {
+            "contender": contender.name,
             "peak_bytes": own.peak_bytes,
             "saved_bytes": own.saved_bytes,
+            "launches": own.launches,
+            "bytes": traffic.bytes,
+            "flops": traffic.flops,
             "floor_seconds": traffic.seconds,
             "of_floor": traffic.seconds / own.median,
         }
-        for other in names:
-            if other in BASELINES and name not in BASELINES:
-                middle, low, high = ratios(measured[other], own)
-                info[f"speedup over {other}"] = {"median": middle, "quartiles": [low, high]}
+        for other in contenders:
+            theirs = measured[other.name]
+            if contender.ours and not other.ours and not isinstance(theirs, str):
+                middle, low, high = ratios(theirs, own)
+                info[f"speedup over {other.name}"] = {"median": middle, "quartiles": [low, high]}
+        if not isinstance(case, Case):
+            info["eager is"] = case.counterpart
         clock, seconds = benchmark._timer, iter(own.seconds)
 
         def step() -> None:

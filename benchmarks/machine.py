@@ -1,6 +1,7 @@
 """What the machine can do: its name, versions, copy bandwidth and matrix product rate."""
 
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -26,6 +27,15 @@ def describe(device: torch.device) -> dict[str, Any]:
         "fused_preact": fused_preact.__version__,
         "commit": _commit(),
     }
+
+
+def slug(device: torch.device) -> str:
+    """A folder's name for this kind of machine: amd-epyc-avx512, nvidia-h100-80gb-hbm3."""
+    described = describe(device)
+    words = described["device"]
+    if device.type == "cpu":
+        words = f"{words} {described['capability']}"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def copy_bandwidth(device: torch.device) -> float:

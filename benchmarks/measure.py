@@ -4,8 +4,8 @@ Rounds alternate between the contenders, so that a machine's drift hits all alik
 the median of the ratios of a round.
 """
 
-import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -13,21 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from graphs import launches
 from machine import synchronize
+from malloc import default_malloc
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+Step = Callable[[int], object]  # one step on the inputs of an index
+
 WARMUP = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
+SHORTEST = 2e-3  # seconds; on a CPU, what takes less is repeated within a round
 
 
 @dataclass
 class Measured:
-    """A contender's seconds, one a round, and the memory of a step in bytes."""
+    """A contender's seconds a step, one a round; its memory in bytes; on a GPU its launches."""
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     saved_bytes: int = 0
+    launches: int | None = None
 
     @property
     def median(self) -> float:
@@ -45,13 +51,15 @@ class Clock:
 
 
 def alternate(
-    contenders: dict[str, Callable[[], object]], device: torch.device, budget: float
+    contenders: dict[str, Step], device: torch.device, budget: float
 ) -> dict[str, Measured]:
     """Each contender once a round, after a warm-up; 3 to 15 rounds in about `budget` seconds."""
     measured = {name: Measured() for name in contenders}
-    for step in contenders.values():
-        for _ in range(WARMUP):
-            step()
+    repeats = {}
+    for name, step in contenders.items():
+        for index in range(WARMUP):
+            step(index)
+        repeats[name] = 1 if device.type == "cuda" else math.ceil(SHORTEST / _seconds(step, device))
     start = time.perf_counter()
     for index in range(MOST_ROUNDS):
         if index >= FEWEST_ROUNDS and time.perf_counter() - start > budget:
@@ -59,10 +67,12 @@ def alternate(
         # every other round backwards: nobody always runs after the same neighbour
         order = list(contenders) if index % 2 == 0 else list(reversed(contenders))
         for name in order:
-            measured[name].seconds.append(_seconds(contenders[name], device))
+            seconds = _seconds(contenders[name], device, index, repeats[name])
+            measured[name].seconds.append(seconds)
     for name, step in contenders.items():
         measured[name].peak_bytes = peak_bytes(step, device)
         measured[name].saved_bytes = saved_bytes(step)
+        measured[name].launches = launches(step) if device.type == "cuda" else None
     return measured
 
 
@@ -75,18 +85,19 @@ def ratios(slower: Measured, faster: Measured) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
+def _seconds(step: Step, device: torch.device, index: int = 0, repeats: int = 1) -> float:
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         _flush_cache(device)
         begin.record()
-        step()
+        step(index)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    for _ in range(repeats):
+        step(index)
+    return (time.perf_counter() - start) / repeats
 
 
 def _flush_cache(device: torch.device) -> None:
@@ -96,24 +107,24 @@ def _flush_cache(device: torch.device) -> None:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(step: Step, device: torch.device) -> int:
     """How far a step's memory rises above where it starts."""
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
+        step(0)
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status_bytes("VmRSS")
-    step()
-    return max(0, _status_bytes("VmHWM") - before)
+    with default_malloc():
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status_bytes("VmRSS")
+        step(0)
+        return max(0, _status_bytes("VmHWM") - before)
 
 
-def saved_bytes(step: Callable[[], object]) -> int:
+def saved_bytes(step: Step) -> int:
     """Bytes that a step's forward pass saves for its backward pass, each storage once."""
     saved: dict[int, int] = {}
 
@@ -123,7 +134,7 @@ def saved_bytes(step: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
+        step(0)
     return sum(saved.values())
 
 
@@ -150,7 +161,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if function.is_view or function.namespace not in ("aten", "fused_preact"):
+        if function.is_view or not function.namespace.startswith(("aten", "fused_preact")):
             return output
         tensors = {}
         for value in torch.utils._pytree.tree_leaves((args, kwargs, output)):

@@ -1,0 +1,79 @@
+"""Who is measured beside whom: PyTorch's layers in several ways, and each of our backends.
+
+No peer that fuses these layers can stand beside them: In-Place Activated BatchNorm inverts its
+activation, which ReLU does not allow, and cuDNN's fused BatchNorm-ReLU is what PyTorch calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fused_preact import ops
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a case.
+
+    backend   "eager", PyTorch's layers; "reference"; or one of our kernels' backends.
+    compiled  the mode of torch.compile, or None.
+    units     compiled unit by unit: as a whole, a deep network takes many minutes.
+    captured  a step is captured into a CUDA graph by hand and replayed.
+    """
+
+    name: str
+    backend: str = "eager"
+    memory_format: torch.memory_format = torch.channels_last
+    compiled: str | None = None
+    units: bool = False
+    captured: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.backend not in ("eager", "reference")
+
+
+EAGER = Contender("eager")
+REFERENCE = Contender("reference", "reference")
+NCHW = Contender("eager NCHW", memory_format=torch.contiguous_format)
+COMPILE = Contender("compile", compiled="default")
+COMPILE_UNITS = Contender("compile units", compiled="default", units=True)
+# max-autotune captures CUDA graphs of its own, but for units, where a hand captures all of them
+AUTOTUNE = Contender("compile max-autotune", compiled="max-autotune")
+AUTOTUNE_UNITS = Contender(
+    "compile max-autotune units",
+    compiled="max-autotune-no-cudagraphs",
+    units=True,
+    captured=True,
+)
+
+
+def our_backends(device: str) -> tuple[str, ...]:
+    """The backends whose kernels can run on this machine's device ("cpu" or "cuda")."""
+    names = ("cpu",) if device == "cpu" else ("cuda", "triton")
+    status = ops.backend_status()
+    return tuple(name for name in names if status[name] is None)
+
+
+def contenders(
+    case: Any, device: str, backends: Sequence[str], full: bool
+) -> tuple[Contender, ...]:
+    """Everybody who runs case, eager first.
+
+    Operators meet their eager counterpart alone, units all layouts and torch.compile. Networks
+    take minutes to compile, and max-autotune takes minutes for anything: with full only.
+    """
+    ours = [Contender(name, name) for name in backends]
+    if case.group == "operator":
+        return EAGER, *ours
+    chosen = [EAGER]
+    if case.group == "unit" or full:
+        chosen += [NCHW, COMPILE_UNITS if case.deep else COMPILE]
+    if device == "cuda":
+        chosen += [replace(EAGER, name="eager graph", captured=True)]
+        if full:
+            chosen += [AUTOTUNE_UNITS if case.deep else AUTOTUNE]
+        ours += [replace(one, name=f"{one.name} graph", captured=True) for one in ours]
+    return *chosen, *ours
