@@ -46,9 +46,13 @@ struct OutputGrad {
 };
 
 // C[m, n] (+)= A[m, k] B[k, n], all row-major, leading dimensions in elements.
-template <typename T>
+template <typename Operand, typename Sum = Operand>
 using Tile = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                      bool accumulate, const T* a, const T* b, T* c);
+                      bool accumulate, const Operand* a, const Operand* b, Sum* c);
+
+struct bf16 {
+  uint16_t bits;
+};
 
 void portable_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
                    bool accumulate, const float* a, const float* b, float* c);
@@ -60,6 +64,9 @@ struct Runtime {
   // body(i, context) for each i in [0, count), in any order, on any threads
   void (*parallel_for)(int64_t count, void (*body)(int64_t, void*), void* context);
   Tile<float> tile;
+  // bfloat16 operands, B in pairs of rows: [k / 2, n, 2], k even. Null where the processor has
+  // none.
+  Tile<bf16, float> pairs_tile;
 };
 
 // The CPU kernels. A launcher of the same name with a CudaRuntime runs the CUDA kernels instead, on

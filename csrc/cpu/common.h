@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../preact.h"
@@ -23,10 +24,6 @@
 #define PREACT_INLINE_BODY __attribute__((always_inline))
 
 namespace preact {
-
-struct bf16 {
-  uint16_t bits;
-};
 
 PREACT_INLINE float widen(float x) { return x; }
 PREACT_INLINE double widen(double x) { return x; }
@@ -58,8 +55,30 @@ void dispatch(Dtype dtype, F&& f) {
   }
 }
 
+// The same with f(S{}, O{}), O the type of the matrix products' operands: bf16 where a tile takes
+// it and the depth of the products is even, else the accumulator.
+template <typename F>
+void dispatch(const Runtime& runtime, Dtype dtype, int64_t depth, F&& f) {
+  dispatch(dtype, [&]<typename S>(S) {
+    if constexpr (std::is_same_v<S, bf16>)
+      if (runtime.pairs_tile && depth % 2 == 0) return f(S{}, bf16{});
+    f(S{}, Accumulator<S>{});
+  });
+}
+
 inline Tile<float> tile_of(const Runtime& runtime, float) { return runtime.tile; }
 inline Tile<double> tile_of(const Runtime&, double) { return portable_tile; }
+inline Tile<bf16, float> tile_of(const Runtime& runtime, bf16) { return runtime.pairs_tile; }
+
+// The tile takes rows 2i and 2i + 1 of its right operand interleaved.
+template <typename O>
+constexpr bool kPairs = std::is_same_v<O, bf16>;
+
+// A product's depth, up to one more, which must be zeros, where the tile takes pairs.
+template <typename O>
+int64_t round_depth(int64_t depth) {
+  return kPairs<O> ? depth + depth % 2 : depth;
+}
 
 template <typename F>
 void parallel_for(const Runtime& runtime, int64_t count, const F& f) {
@@ -69,7 +88,7 @@ void parallel_for(const Runtime& runtime, int64_t count, const F& f) {
 }
 
 // Buffers that a thread keeps from call to call: a fresh one would cost a page fault every 4 KB.
-enum class Buffer { kWeight, kVectors, kSource, kGrad, kTransposed, kTile, kCount };
+enum class Buffer { kWeight, kVectors, kSource, kGrad, kTransposed, kPaired, kTile, kCount };
 
 template <typename T>
 T* buffer(Buffer which, int64_t count) {

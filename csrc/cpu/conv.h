@@ -10,6 +10,13 @@ constexpr int64_t kColumnBlock = 64;       // columns of a packed weight block, 
 constexpr int64_t kTileBytes = 64 * 1024;  // of accumulators that stay in cache for the epilogue
 constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
 constexpr int64_t kFewestPixels = 32;      // of a band
+constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
+
+// Whether all rows of a band are one matrix product: with stride 1 the window of one row runs into
+// that of the next, at the price of columns between them that are computed and thrown away.
+inline bool rows_join(int64_t window_width, int64_t width, int64_t multiplications) {
+  return (window_width - width) * multiplications <= kCallCost;
+}
 
 // A 1x1 convolution that moves no pixel works on [pixels, C], whatever the images.
 inline ConvShape flattened(ConvShape shape) {
@@ -67,9 +74,9 @@ struct Window {
   }
 
   // Fills h for output rows [first, first + output_rows) of an image [H, W, C].
-  template <typename S, typename A>
+  template <typename S, typename A, typename O>
   void fill(const ConvShape& shape, const S* image, int64_t first, int64_t output_rows,
-            const A* affine, Activation activation, A* h) const {
+            const A* affine, Activation activation, O* h) const {
     const int64_t height = shape.input.height, channels = shape.input.channels;
     const int64_t columns = shape.input.width, count = rows(shape, output_rows);
     const int64_t top = first * step_height * gather_height - shape.pad_top;
@@ -87,11 +94,11 @@ struct Window {
     for (int64_t i = 0; i < count; ++i, h += width * channels) {
       const int64_t y = top + i * gather_height;
       if (y < 0 || y >= height || begin == end) {
-        std::fill_n(h, width * channels, A(0));
+        std::fill_n(h, width * channels, O{});
         continue;
       }
-      std::fill_n(h, begin * channels, A(0));
-      std::fill_n(h + end * channels, (width - end) * channels, A(0));
+      std::fill_n(h, begin * channels, O{});
+      std::fill_n(h + end * channels, (width - end) * channels, O{});
       const S* const u = image + (y * columns + begin * gather_width - shape.pad_left) * channels;
       if (gather_width == 1) {
         activate_rows(u, end - begin, channels, affine, activation, h + begin * channels);
@@ -104,15 +111,16 @@ struct Window {
   }
 };
 
-// A weight matrix [k, n] for the tile, n in blocks of kColumnBlock columns: [n / block][k][block].
-template <typename A>
+// A weight matrix [k, n] for the tile, n in blocks of kColumnBlock columns: [n / block][k][block],
+// or [n / block][k / 2][block][2] where it takes pairs of rows.
+template <typename O>
 struct Packed {
-  A* data;
+  O* data;
   int64_t k, n;
 
   int64_t columns(int64_t block) const { return std::min(kColumnBlock, n - block * kColumnBlock); }
   int64_t blocks() const { return ceil_div(n, kColumnBlock); }
-  A* at(int64_t block, int64_t row) const {
+  O* at(int64_t block, int64_t row) const {
     return data + block * kColumnBlock * k + row * columns(block);
   }
 
@@ -123,8 +131,10 @@ struct Packed {
     parallel_for(runtime, parts.parts, [&](int64_t part) {
       for (int64_t block = 0; block < blocks(); ++block)
         for (int64_t i = parts.begin(part); i < parts.end(part); ++i)
-          for (int64_t j = 0; j < columns(block); ++j)
-            at(block, i)[j] = value(i, block * kColumnBlock + j);
+          for (int64_t j = 0; j < columns(block); ++j) {
+            O& place = kPairs<O> ? at(block, i - i % 2)[2 * j + i % 2] : at(block, i)[j];
+            narrow(value(i, block * kColumnBlock + j), place);
+          }
     });
   }
 };

@@ -24,7 +24,7 @@ struct Phase {
         pixels(first_x < size ? (size - 1 - first_x) / stride + 1 : 0) {}
 };
 
-template <typename S>
+template <typename S, typename O>
 void run(const Runtime& runtime, const PreactConvDgrad& op) {
   using A = Accumulator<S>;
   const ConvShape shape = flattened(op.shape);
@@ -40,14 +40,14 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
   std::vector<Phase> down, across;
   for (int64_t i = 0; i < stride_h; ++i) down.emplace_back(i, r, stride_h, top, height);
   for (int64_t j = 0; j < stride_w; ++j) across.emplace_back(j, s, stride_w, left, width);
-  std::vector<Packed<A>> weights;
-  A* packed = buffer<A>(Buffer::kWeight, r * s * k * c);
+  std::vector<Packed<O>> weights;
+  O* packed = buffer<O>(Buffer::kWeight, r * s * k * c);
   bool every_pixel_reached = true;
   for (int64_t i = 0; i < stride_h; ++i)
     for (int64_t j = 0; j < stride_w; ++j) {
       const int64_t taps_across = across[j].taps;
-      const Packed<A>& weight =
-          weights.emplace_back(Packed<A>{packed, down[i].taps * taps_across * k, c});
+      const Packed<O>& weight =
+          weights.emplace_back(Packed<O>{packed, down[i].taps * taps_across * k, c});
       packed += weight.k * c;
       every_pixel_reached = every_pixel_reached && weight.k > 0;
       weight.fill(runtime, [&](int64_t row, int64_t column) {
@@ -71,25 +71,26 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
     grad_coefficients(static_cast<const A*>(op.grad.affine), static_cast<const A*>(op.grad.sums), k,
                       shape.output.pixels(), coefficients.data());
   }
-  const auto load = [&](int64_t offset, int64_t pixels, A* dy) {
+  const auto load = [&](int64_t offset, int64_t pixels, O* dy) {
     output_grad_rows(static_cast<const S*>(op.grad.grad) + offset,
                      op.grad.output ? static_cast<const S*>(op.grad.output) + offset : nullptr,
                      pixels, k, coefficients.data(), dy);
   };
 
   const int64_t row_bytes =
-      std::max<int64_t>(source_width, 1) * k * static_cast<int64_t>(sizeof(A));
+      std::max<int64_t>(source_width, 1) * k * static_cast<int64_t>(sizeof(O));
   const Bands bands(shape.input, kCacheBytes * stride_h / row_bytes, kMostParts);
-  const bool joined = stride_h == 1 && stride_w == 1 && source_width == width;
+  const bool joined = stride_h == 1 && stride_w == 1 && rows_join(source_width, width, s * k * c);
+  const int64_t pitch = joined ? source_width : width;  // of a tile's rows
   const int64_t tile_rows = std::clamp<int64_t>(
-      kTileBytes / (width * c * static_cast<int64_t>(sizeof(A))), 1, bands.rows_per_band);
-  const Tile<A> tile = tile_of(runtime, A{});
+      kTileBytes / (pitch * c * static_cast<int64_t>(sizeof(A))), 1, bands.rows_per_band);
+  const Tile<O, A> tile = tile_of(runtime, O{});
 
   PartialSums partial(op.sums ? bands.parts.parts : 0, c);
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
     const int64_t most_rows = bands.rows_per_band / stride_h + r + 1;
-    A* const dy = buffer<A>(Buffer::kSource, most_rows * source_width * k);
-    A* const out = buffer<A>(Buffer::kTile, tile_rows * width * c);
+    O* const dy = buffer<O>(Buffer::kSource, most_rows * source_width * k);
+    A* const out = buffer<A>(Buffer::kTile, tile_rows * pitch * c);
     A* const tile_sums = op.sums ? buffer<A>(Buffer::kVectors, 2 * c) : nullptr;
     if (op.sums) std::fill_n(tile_sums, 2 * c, A(0));
     for (int64_t band = bands.parts.begin(part); band < bands.parts.end(part); ++band) {
@@ -103,48 +104,51 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
         load((image * p + source_first) * q * k, (source_last - source_first + 1) * q, dy);
       } else {
         for (int64_t y = source_first; y <= source_last; ++y) {
-          A* const row = dy + (y - source_first) * source_width * k;
+          O* const row = dy + (y - source_first) * source_width * k;
           if (y < 0 || y >= p) {
-            std::fill_n(row, source_width * k, A(0));
+            std::fill_n(row, source_width * k, O{});
             continue;
           }
-          std::fill_n(row, begin_q * k, A(0));
-          std::fill_n(row + end_q * k, (source_width - end_q) * k, A(0));
+          std::fill_n(row, begin_q * k, O{});
+          std::fill_n(row + end_q * k, (source_width - end_q) * k, O{});
           load(((image * p + y) * q + first_q + begin_q) * k, end_q - begin_q, row + begin_q * k);
         }
       }
 
       for (int64_t row = first; row < end; row += tile_rows) {
         const int64_t rows = std::min(tile_rows, end - row);
-        if (!every_pixel_reached) std::fill_n(out, rows * width * c, A(0));
+        if (!every_pixel_reached) std::fill_n(out, rows * pitch * c, A(0));
         for (int64_t x = row; x < (joined ? row + 1 : row + rows); ++x) {
           const int64_t phase_h = (x + top) % stride_h, i = (x + top) / stride_h;
           for (int64_t j = 0; j < stride_w; ++j) {
             const Phase& phase = across[j];
-            const Packed<A>& weight = weights[phase_h * stride_w + j];
+            const Packed<O>& weight = weights[phase_h * stride_w + j];
             const int64_t run_length = phase.taps * k;
             if (run_length == 0 || phase.pixels == 0) continue;
             for (int64_t block = 0; block < weight.blocks(); ++block)
               for (int64_t t = 0; t < down[phase_h].taps; ++t) {
                 const int64_t y = i - t - source_first;
                 const int64_t column = phase.first_i - (phase.taps - 1) - first_q;
-                tile(joined ? rows * width : phase.pixels, weight.columns(block), run_length, k,
-                     weight.columns(block), stride_w * c, t > 0,
+                tile(joined ? (rows - 1) * pitch + width : phase.pixels, weight.columns(block),
+                     run_length, k, weight.columns(block), stride_w * c, t > 0,
                      dy + (y * source_width + column) * k, weight.at(block, t * run_length),
-                     out + ((x - row) * width + phase.first_x) * c + block * kColumnBlock);
+                     out + ((x - row) * pitch + phase.first_x) * c + block * kColumnBlock);
               }
           }
         }
-        const int64_t offset = (image * height + row) * width * c;
-        const S* const addend = op.addend ? static_cast<const S*>(op.addend) + offset : nullptr;
-        S* const g = static_cast<S*>(op.g) + offset;
-        if (affine) {
-          slope_rows(out, addend, static_cast<const S*>(op.input) + offset, rows * width, c, affine,
-                     op.activation, g, tile_sums, op.sums ? tile_sums + c : nullptr);
-          if (op.sums) partial.add(part, tile_sums);
-        } else {
-          store_rows(out, addend, rows * width, c, g);
+        const int64_t runs = pitch == width ? 1 : rows, pixels = rows / runs * width;
+        for (int64_t run = 0; run < runs; ++run) {
+          A* const dh = out + run * pitch * c;
+          const int64_t offset = ((image * height + row) * width + run * pixels) * c;
+          const S* const addend = op.addend ? static_cast<const S*>(op.addend) + offset : nullptr;
+          S* const g = static_cast<S*>(op.g) + offset;
+          if (affine)
+            slope_rows(dh, addend, static_cast<const S*>(op.input) + offset, pixels, c, affine,
+                       op.activation, g, tile_sums, op.sums ? tile_sums + c : nullptr);
+          else
+            store_rows(dh, addend, pixels, c, g);
         }
+        if (op.sums) partial.add(part, tile_sums);
       }
     }
   });
@@ -154,7 +158,8 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
 }  // namespace
 
 void preact_conv_dgrad(const Runtime& runtime, const PreactConvDgrad& op) {
-  dispatch(op.dtype, [&]<typename S>(S) { run<S>(runtime, op); });
+  dispatch(runtime, op.dtype, op.shape.output.channels,
+           [&]<typename S, typename O>(S, O) { run<S, O>(runtime, op); });
 }
 
 }  // namespace preact

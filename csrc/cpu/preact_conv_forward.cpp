@@ -10,7 +10,7 @@
 namespace preact {
 namespace {
 
-template <typename S>
+template <typename S, typename O>
 void run(const Runtime& runtime, const PreactConvForward& op) {
   using A = Accumulator<S>;
   const ConvShape shape = flattened(op.shape);
@@ -20,24 +20,25 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   const int64_t r = shape.kernel_height, run_length = shape.kernel_width * c;
   const A* const affine = static_cast<const A*>(op.affine);
 
-  const Packed<A> weight{buffer<A>(Buffer::kWeight, r * run_length * k), r * run_length, k};
+  const Packed<O> weight{buffer<O>(Buffer::kWeight, r * run_length * k), r * run_length, k};
   weight.fill(runtime, [&](int64_t row, int64_t column) {
     return weight_at<S>(op.weight, column, row % c, row / run_length, row / c % shape.kernel_width);
   });
 
-  const int64_t row_bytes = window.width * c * window.step_height * static_cast<int64_t>(sizeof(A));
+  const int64_t row_bytes = window.width * c * window.step_height * static_cast<int64_t>(sizeof(O));
   const Bands bands(shape.output, kCacheBytes / row_bytes, kMostParts);
-  // rows of outputs lie one after the other where the window has as many columns
-  const bool joined = window.width == q && window.step_height == 1;
+  const bool joined = window.step_height == 1 && window.step_width == 1 &&
+                      rows_join(window.width, q, run_length * k);
+  const int64_t pitch = joined ? window.width : q;  // of a tile's rows
   const int64_t tile_rows = std::clamp<int64_t>(
-      kTileBytes / (q * k * static_cast<int64_t>(sizeof(A))), 1, bands.rows_per_band);
-  const Tile<A> tile = tile_of(runtime, A{});
+      kTileBytes / (pitch * k * static_cast<int64_t>(sizeof(A))), 1, bands.rows_per_band);
+  const Tile<O, A> tile = tile_of(runtime, O{});
 
   PartialMoments moments(op.stats ? bands.parts.parts : 0, k);
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
     const int64_t most_rows = window.rows(shape, bands.rows_per_band);
-    A* const h = buffer<A>(Buffer::kSource, most_rows * window.width * c);
-    A* const out = buffer<A>(Buffer::kTile, tile_rows * q * k);
+    O* const h = buffer<O>(Buffer::kSource, most_rows * window.width * c);
+    A* const out = buffer<A>(Buffer::kTile, tile_rows * pitch * k);
     for (int64_t band = bands.parts.begin(part); band < bands.parts.end(part); ++band) {
       const int64_t image = bands.image(band), first = bands.first_row(band);
       const int64_t end = bands.end_row(band);
@@ -46,7 +47,7 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
       window.fill(shape, u, first, end - first, affine, op.activation, h);
       for (int64_t row = first; row < end; row += tile_rows) {
         const int64_t rows = std::min(tile_rows, end - row);
-        const int64_t calls = joined ? 1 : rows, m = joined ? rows * q : q;
+        const int64_t calls = joined ? 1 : rows, m = joined ? (rows - 1) * pitch + q : q;
         for (int64_t block = 0; block < weight.blocks(); ++block)
           for (int64_t i = 0; i < calls; ++i)
             for (int64_t tap = 0; tap < r; ++tap) {
@@ -55,10 +56,14 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
                    weight.columns(block), k, tap > 0, h + source * c,
                    weight.at(block, tap * run_length), out + i * q * k + block * kColumnBlock);
             }
-        const int64_t offset = (image * p + row) * q * k;
-        store_rows(out, op.residual ? static_cast<const S*>(op.residual) + offset : nullptr,
-                   rows * q, k, static_cast<S*>(op.output) + offset);
-        if (op.stats) add_tile(moments[part], out, 1, rows * q, 0, k);
+        const int64_t runs = pitch == q ? 1 : rows, pixels = rows / runs * q;
+        for (int64_t run = 0; run < runs; ++run) {
+          const int64_t offset = ((image * p + row) * q + run * pixels) * k;
+          store_rows(out + run * pitch * k,
+                     op.residual ? static_cast<const S*>(op.residual) + offset : nullptr, pixels, k,
+                     static_cast<S*>(op.output) + offset);
+        }
+        if (op.stats) add_tile(moments[part], out, runs, pixels, pitch * k, k);
       }
     }
   });
@@ -68,7 +73,8 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
 }  // namespace
 
 void preact_conv_forward(const Runtime& runtime, const PreactConvForward& op) {
-  dispatch(op.dtype, [&]<typename S>(S) { run<S>(runtime, op); });
+  dispatch(runtime, op.dtype, op.shape.input.channels,
+           [&]<typename S, typename O>(S, O) { run<S, O>(runtime, op); });
 }
 
 }  // namespace preact

@@ -2,7 +2,9 @@
 //   computed again, dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
 // Reads g', u' [M', K] and u [M, C]; writes dW [K, C, R, S]; FLOPs 2*M'*K*C*R*S.
 //
-// Each part of the work sums its own dW over its bands; the parts are added in order.
+// Each part of the work sums its own dW over its bands; the parts are added in order. For each tap,
+// dW is a matrix product over pixels: h transposed, shifted by the tap, times dy. dy is laid out as
+// wide as h's window, zero at its right, so that all rows of a band are one product.
 #include "conv.h"
 
 namespace preact {
@@ -10,21 +12,18 @@ namespace {
 
 constexpr int64_t kPartialBytes = 32 << 20;  // of all parts' dW together, where they are large
 constexpr int64_t kFewestParts = 8, kMostWgradParts = 32;
-constexpr int64_t kProductColumns = 256;  // of one matrix product
+constexpr int64_t kProductRows = 128, kProductColumns = 256;  // of one matrix product
+constexpr int64_t kGroupBytes = 512 * 1024;  // of operands that are there for each block of dW
 
-template <typename S>
+template <typename S, typename O>
 void run(const Runtime& runtime, const PreactConvWgrad& op) {
   using A = Accumulator<S>;
   const ConvShape shape = flattened(op.shape);
   const Window window(shape);
   const int64_t c = shape.input.channels, k = shape.output.channels;
   const int64_t p = shape.output.height, q = shape.output.width;
-  const int64_t r = shape.kernel_height, s = shape.kernel_width, run_length = s * c;
-  const int64_t size = r * k * run_length;
-  // One operand of the product is transposed: dy, or of a 1x1 convolution the narrower one.
-  const bool transposes_h = r == 1 && s == 1 && c < k;
-  const int64_t product_rows = transposes_h ? c : k,
-                product_columns = transposes_h ? k : run_length;
+  const int64_t r = shape.kernel_height, s = shape.kernel_width;
+  const int64_t size = r * s * k * c;
   const A* const affine = static_cast<const A*>(op.affine);
 
   std::vector<A> coefficients;
@@ -34,59 +33,112 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
                       shape.output.pixels(), coefficients.data());
   }
 
+  // The left operand is transposed: h, or of a 1x1 convolution the one with fewer channels.
+  const bool transposes_h = r * s > 1 || c < k;
+  const int64_t product_rows = transposes_h ? c : k, product_columns = transposes_h ? k : c;
+  // Columns of the window a stride apart lie in a plane of their own.
+  const int64_t step = window.step_width, plane_width = ceil_div(window.width, step);
+  const bool joined = window.step_height == 1;  // all rows of a band in one product
+  const int64_t pitch = joined ? plane_width : round_depth<O>(q);  // of dy's rows
+
   const int64_t row_bytes =
-      std::max(window.width * c * window.step_height, q * k) * static_cast<int64_t>(sizeof(A));
+      std::max(window.width * c * window.step_height, pitch * k) * static_cast<int64_t>(sizeof(O));
   const int64_t most_parts = std::clamp<int64_t>(
       kPartialBytes / (size * static_cast<int64_t>(sizeof(A))), kFewestParts, kMostWgradParts);
   const Bands bands(shape.output, kCacheBytes / row_bytes, most_parts);
-  // [parts][R, product_rows, product_columns]
+  // [parts][R, S, product_rows, product_columns]
   A* const partial = buffer<A>(Buffer::kWeight, bands.parts.parts * size);
 
-  // With stride 1 a band is one product: dy is laid out as wide as the window, zero at the right.
-  const bool joined = window.step_height == 1 && window.step_width == 1;
-  const int64_t pitch = joined ? window.width : q;  // of dy's rows
-  // of a channel's pixels; an odd number of cache lines, so that channels fall into different sets
-  const int64_t line = 64 / static_cast<int64_t>(sizeof(A));
-  const int64_t ld = (ceil_div(bands.rows_per_band * pitch, line) | 1) * line;
-  const Tile<A> tile = tile_of(runtime, A{});
+  const int64_t most_rows = bands.rows_per_band, most_window = window.rows(shape, most_rows);
+  // A row of a plane ends with a zero; an odd number of cache lines sets rows apart in the cache.
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(O));
+  const int64_t ld = (ceil_div(most_window * plane_width + 1, line) | 1) * line;
+  const int64_t plane = product_rows * ld, left_size = step * plane;
+  const int64_t right_size = round_depth<O>(most_rows * pitch) * product_columns;
+  const int64_t group = std::clamp<int64_t>(
+      kGroupBytes / ((left_size + right_size) * static_cast<int64_t>(sizeof(O))), 1, 16);
+  const Tile<O, A> tile = tile_of(runtime, O{});
 
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
-    const int64_t most_rows = bands.rows_per_band;
-    A* const h = buffer<A>(Buffer::kSource, window.rows(shape, most_rows) * window.width * c);
-    A* const dy = buffer<A>(Buffer::kGrad, most_rows * q * k);
-    A* const transposed = buffer<A>(Buffer::kTransposed, ld * product_rows);  // pixels last
+    const int64_t h_size = most_window * window.width * c;
+    O* const source = buffer<O>(Buffer::kSource, transposes_h ? h_size : most_rows * q * k);
+    O* const unpaired = kPairs<O> ? buffer<O>(Buffer::kGrad, right_size) : nullptr;
+    O* const left = buffer<O>(Buffer::kTransposed, group * left_size);
+    O* const right = buffer<O>(Buffer::kPaired, group * right_size);
     A* const dweight = partial + part * size;
-    for (int64_t band = bands.parts.begin(part); band < bands.parts.end(part); ++band) {
+
+    // the operands of one band
+    const auto prepare = [&](int64_t band, O* transposed, O* other) {
       const int64_t image = bands.image(band), first = bands.first_row(band);
       const int64_t rows = bands.end_row(band) - first;
+      O* const plain = kPairs<O> ? unpaired : other;
+      O* const h = transposes_h ? source : plain;
+      O* const dy = transposes_h ? plain : source;
+
       const S* const u =
           static_cast<const S*>(op.input) + image * shape.input.height * shape.input.width * c;
       window.fill(shape, u, first, rows, affine, op.activation, h);
-
-      const int64_t offset = (image * p + first) * q * k;
-      output_grad_rows(static_cast<const S*>(op.grad.grad) + offset,
-                       op.grad.output ? static_cast<const S*>(op.grad.output) + offset : nullptr,
-                       rows * q, k, coefficients.data(), dy);
+      const auto load = [&](int64_t row, int64_t count, O* out) {
+        const int64_t offset = (image * p + row) * q * k;
+        output_grad_rows(static_cast<const S*>(op.grad.grad) + offset,
+                         op.grad.output ? static_cast<const S*>(op.grad.output) + offset : nullptr,
+                         count * q, k, coefficients.data(), out);
+      };
       if (pitch == q) {
-        transpose(transposes_h ? h : dy, rows * q, product_rows, ld, transposed);
+        load(first, rows, dy);
       } else {
-        std::fill_n(transposed, ld * k, A(0));
-        for (int64_t row = 0; row < rows; ++row)
-          transpose(dy + row * q * k, q, k, ld, transposed + row * pitch);
+        for (int64_t row = 0; row < rows; ++row) {
+          O* const out = dy + row * pitch * k;
+          load(first + row, 1, out);
+          std::fill_n(out + q * k, (pitch - q) * k, O{});
+        }
       }
 
-      const int64_t calls = joined ? 1 : rows, pixels = joined ? (rows - 1) * pitch + q : q;
-      const A* const right = transposes_h ? dy : h;
-      const int64_t ld_right = transposes_h ? k : window.step_width * c;
-      for (int64_t tap = 0; tap < r; ++tap)
-        for (int64_t column = 0; column < product_columns; column += kProductColumns)
-          for (int64_t row = 0; row < calls; ++row) {
-            const int64_t source = (row * window.step_height + tap) * window.width * c + column;
-            const bool accumulate = band > bands.parts.begin(part) || row > 0;
-            tile(product_rows, std::min(kProductColumns, product_columns - column), pixels, ld,
-                 ld_right, product_columns, accumulate, transposed + row * pitch, right + source,
-                 dweight + tap * k * run_length + column);
+      const int64_t pixels = transposes_h ? window.rows(shape, rows) * plane_width : rows * q;
+      for (int64_t i = 0; i < step; ++i) {
+        O* const out = transposed + i * plane;
+        if (step == 1) {
+          transpose(source, pixels, product_rows, product_rows, ld, out);
+        } else {
+          const int64_t columns = ceil_div(window.width - i, step);
+          for (int64_t row = 0; row < pixels / plane_width; ++row) {
+            transpose(source + (row * window.width + i) * c, columns, c, step * c, ld,
+                      out + row * plane_width);
+            if (columns < plane_width)
+              for (int64_t j = 0; j < c; ++j) out[j * ld + row * plane_width + columns] = O{};
           }
+        }
+        for (int64_t j = 0; j < product_rows; ++j) out[j * ld + pixels] = O{};
+      }
+      if constexpr (kPairs<O>) {
+        const int64_t count = rows * pitch;
+        std::fill_n(plain + count * product_columns, count % 2 * product_columns, O{});
+        pair_rows(plain, round_depth<O>(count), product_columns, other);
+      }
+    };
+
+    for (int64_t band = bands.parts.begin(part); band < bands.parts.end(part); band += group) {
+      const int64_t count = std::min(group, bands.parts.end(part) - band);
+      for (int64_t i = 0; i < count; ++i)
+        prepare(band + i, left + i * left_size, right + i * right_size);
+      for (int64_t tap = 0; tap < r * s; ++tap)
+        for (int64_t row = 0; row < product_rows; row += kProductRows)
+          for (int64_t column = 0; column < product_columns; column += kProductColumns)
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t rows = bands.end_row(band + i) - bands.first_row(band + i);
+              const int64_t calls = joined ? 1 : rows;
+              const int64_t depth = round_depth<O>(joined ? (rows - 1) * pitch + q : q);
+              const O* const a = left + i * left_size + tap % s % step * plane + row * ld +
+                                 tap / s * plane_width + tap % s / step;
+              const O* const b = right + i * right_size + column * (kPairs<O> ? 2 : 1);
+              for (int64_t call = 0; call < calls; ++call)
+                tile(
+                    std::min(kProductRows, product_rows - row),
+                    std::min(kProductColumns, product_columns - column), depth, ld, product_columns,
+                    product_columns, band + i > bands.parts.begin(part) || call > 0,
+                    a + call * window.step_height * plane_width, b + call * pitch * product_columns,
+                    dweight + (tap * product_rows + row) * product_columns + column);
+            }
     }
   });
 
@@ -101,8 +153,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
       const int64_t column = i % product_columns, row = i / product_columns % product_rows;
       const int64_t tap = i / (product_columns * product_rows);
       const int64_t output = transposes_h ? column : row, source = transposes_h ? row : column;
-      const int64_t place = ((output * c + source % c) * r + tap) * s + source / c;
-      static_cast<A*>(op.dweight)[place] = partial[i];
+      static_cast<A*>(op.dweight)[(output * c + source) * r * s + tap] = partial[i];
     }
   });
 }
@@ -110,7 +161,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
 }  // namespace
 
 void preact_conv_wgrad(const Runtime& runtime, const PreactConvWgrad& op) {
-  dispatch(op.dtype, [&]<typename S>(S) { run<S>(runtime, op); });
+  dispatch(runtime, op.dtype, 2, [&]<typename S, typename O>(S, O) { run<S, O>(runtime, op); });
 }
 
 }  // namespace preact

@@ -66,6 +66,14 @@ struct Silu {
   }
 };
 
+// Calls f(channels); narrow rows, whose loops would be mostly overhead, get code of their own.
+template <typename F>
+PREACT_INLINE void with_channels(int64_t channels, const F& f) {
+  if (channels == 16) return f(int64_t{16});
+  if (channels == 32) return f(int64_t{32});
+  f(channels);
+}
+
 // Calls f<4>(row) or f<1>(row) for all rows: sums over four rows stay in registers.
 template <typename F>
 PREACT_INLINE void in_groups(int64_t rows, const F& f) {
@@ -79,30 +87,30 @@ PREACT_INLINE A preactivation(A u, A mean, A scale, A shift) {
   return scale * (u - mean) + shift;
 }
 
-template <typename Act, typename S, typename A>
-PREACT_INLINE void activate(const S* u, int64_t rows, int64_t channels, const A* affine, A* h) {
+template <typename Act, typename S, typename A, typename O>
+PREACT_INLINE void activate(const S* u, int64_t rows, int64_t channels, const A* affine, O* h) {
   const A *mean = affine, *scale = affine + 2 * channels, *shift = affine + 3 * channels;
   for (int64_t row = 0; row < rows; ++row, u += channels, h += channels) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c)
-      h[c] = Act::value(preactivation(widen(u[c]), mean[c], scale[c], shift[c]));
+      narrow(Act::value(preactivation(widen(u[c]), mean[c], scale[c], shift[c])), h[c]);
   }
 }
 
-template <typename S, typename A>
-PREACT_INLINE void convert(const S* in, int64_t count, A* out) {
+template <typename S, typename O>
+PREACT_INLINE void convert(const S* in, int64_t count, O* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
+  for (int64_t i = 0; i < count; ++i) narrow(widen(in[i]), out[i]);
 }
 
-template <typename S, typename A>
+template <typename S, typename A, typename O>
 PREACT_INLINE void output_grad(const S* g, const S* output, int64_t rows, int64_t channels,
-                               const A* coefficients, A* dy) {
+                               const A* coefficients, O* dy) {
   const A *mean = coefficients, *a = mean + channels, *b = a + channels, *d = b + channels;
   for (int64_t row = 0; row < rows; ++row, g += channels, output += channels, dy += channels) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c)
-      dy[c] = a[c] * widen(g[c]) + b[c] * (widen(output[c]) - mean[c]) + d[c];
+      narrow(a[c] * widen(g[c]) + b[c] * (widen(output[c]) - mean[c]) + d[c], dy[c]);
   }
 }
 
@@ -222,96 +230,155 @@ PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t 
   }
 }
 
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+// Vectors of kSquare elements, and two of them element by element: the first halves, the second.
+template <typename T>
+struct Square;
+template <>
+struct Square<float> {
+  static constexpr int kSize = 4;
+  typedef float Vector __attribute__((vector_size(16), aligned(4), may_alias));
+  static PREACT_INLINE void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  }
+};
+template <>
+struct Square<double> {
+  static constexpr int kSize = 2;
+  typedef double Vector __attribute__((vector_size(16), aligned(8), may_alias));
+  static PREACT_INLINE void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+    low = __builtin_shufflevector(a, b, 0, 2);
+    high = __builtin_shufflevector(a, b, 1, 3);
+  }
+};
+template <>
+struct Square<bf16> {
+  static constexpr int kSize = 8;
+  typedef uint16_t Vector __attribute__((vector_size(16), aligned(2), may_alias));
+  static PREACT_INLINE void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  }
+};
 
-PREACT_INLINE void transpose_square(const float* in, int64_t ld_in, int64_t ld_out, float* out) {
-  Four row[4];
-  for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Four*>(in + i * ld_in);
-  const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-  const Four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-  const Four low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-  const Four high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-  const Four column[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
-                          __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-                          __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
-                          __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
-  for (int i = 0; i < 4; ++i) *reinterpret_cast<Four*>(out + i * ld_out) = column[i];
+// Interleaving row i with row i + size/2, log2(size) times over, is a transposition.
+template <typename T>
+PREACT_INLINE void transpose_square(const T* in, int64_t ld_in, int64_t ld_out, T* out) {
+  using S = Square<T>;
+  using Vector = typename S::Vector;
+  Vector row[S::kSize], next[S::kSize];
+#pragma GCC unroll 8
+  for (int i = 0; i < S::kSize; ++i) row[i] = *reinterpret_cast<const Vector*>(in + i * ld_in);
+#pragma GCC unroll 3
+  for (int round = 1; round < S::kSize; round *= 2) {
+#pragma GCC unroll 4
+    for (int i = 0; i < S::kSize / 2; ++i)
+      S::interleave(row[i], row[i + S::kSize / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 8
+    for (int i = 0; i < S::kSize; ++i) row[i] = next[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < S::kSize; ++i) *reinterpret_cast<Vector*>(out + i * ld_out) = row[i];
 }
 
-PREACT_INLINE void transpose_square(const double* in, int64_t ld_in, int64_t ld_out, double* out) {
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) out[j * ld_out + i] = in[i * ld_in + j];
-}
-
-template <typename A>
-PREACT_INLINE void transpose_squares(const A* in, int64_t rows, int64_t columns, int64_t ld_out,
-                                     A* out) {
-  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
-  for (int64_t column = 0; column < whole_columns; column += 4)
-    for (int64_t row = 0; row < whole_rows; row += 4)
-      transpose_square(in + row * columns + column, columns, ld_out, out + column * ld_out + row);
+template <typename T>
+PREACT_INLINE void transpose_squares(const T* in, int64_t rows, int64_t columns, int64_t ld_in,
+                                     int64_t ld_out, T* out) {
+  constexpr int64_t kSize = Square<T>::kSize;
+  const int64_t whole_rows = rows / kSize * kSize, whole_columns = columns / kSize * kSize;
+  for (int64_t column = 0; column < whole_columns; column += kSize)
+    for (int64_t row = 0; row < whole_rows; row += kSize)
+      transpose_square(in + row * ld_in + column, ld_in, ld_out, out + column * ld_out + row);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = row < whole_rows ? whole_columns : 0; column < columns; ++column)
-      out[column * ld_out + row] = in[row * columns + column];
+      out[column * ld_out + row] = in[row * ld_in + column];
+}
+
+PREACT_INLINE void pair(const bf16* in, int64_t rows, int64_t columns, bf16* out) {
+  for (int64_t row = 0; row < rows; row += 2, in += 2 * columns, out += 2 * columns) {
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const uint32_t both = in[c].bits | uint32_t{in[columns + c].bits} << 16;
+      std::memcpy(out + 2 * c, &both, sizeof both);
+    }
+  }
 }
 
 }  // namespace
 
-#define PREACT_ROWS(S, A)                                                                          \
+#define PREACT_PROLOGUES(S, A, O)                                                                  \
   PREACT_CLONES void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,    \
-                                   Activation activation, A* h) {                                  \
+                                   Activation activation, O* h) {                                  \
     if (!affine)                                                                                   \
       convert(u, rows * channels, h);                                                              \
     else if (activation == Activation::kRelu)                                                      \
-      activate<Relu>(u, rows, channels, affine, h);                                                \
+      with_channels(channels,                                                                      \
+                    [&](int64_t c) PREACT_INLINE_BODY { activate<Relu>(u, rows, c, affine, h); }); \
     else                                                                                           \
       activate<Silu>(u, rows, channels, affine, h);                                                \
   }                                                                                                \
   PREACT_CLONES void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels, \
-                                      const A* coefficients, A* dy) {                              \
+                                      const A* coefficients, O* dy) {                              \
     if (output)                                                                                    \
-      output_grad(g, output, rows, channels, coefficients, dy);                                    \
+      with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                                  \
+        output_grad(g, output, rows, c, coefficients, dy);                                         \
+      });                                                                                          \
     else                                                                                           \
       convert(g, rows * channels, dy);                                                             \
-  }                                                                                                \
-  PREACT_CLONES void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels,          \
-                                S* out) {                                                          \
-    store(tile, addend, rows * channels, out);                                                     \
-  }                                                                                                \
-  PREACT_CLONES void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows,            \
-                                int64_t channels, const A* affine, Activation activation, S* g,    \
-                                A* s1, A* s2) {                                                    \
-    if (activation == Activation::kRelu)                                                           \
-      slope<Relu>(dh, addend, u, rows, channels, affine, g, s1, s2);                               \
-    else                                                                                           \
-      slope<Silu>(dh, addend, u, rows, channels, affine, g, s1, s2);                               \
-  }                                                                                                \
-  PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {              \
-    sum(x, rows, channels, total);                                                                 \
-  }                                                                                                \
-  PREACT_CLONES void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift,    \
-                                    A* d1, A* d2) {                                                \
-    deviation(x, rows, channels, shift, d1, d2);                                                   \
-  }                                                                                                \
-  PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,       \
-                                        int64_t channels, const A* coefficients, S* du) {          \
-    if (grad)                                                                                      \
-      residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                           \
-    else                                                                                           \
-      residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                          \
+  }
+
+PREACT_PROLOGUES(float, float, float)
+PREACT_PROLOGUES(bf16, float, float)
+PREACT_PROLOGUES(bf16, float, bf16)
+PREACT_PROLOGUES(double, double, double)
+
+#define PREACT_ROWS(S, A)                                                                       \
+  PREACT_CLONES void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels,       \
+                                S* out) {                                                       \
+    store(tile, addend, rows * channels, out);                                                  \
+  }                                                                                             \
+  PREACT_CLONES void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows,         \
+                                int64_t channels, const A* affine, Activation activation, S* g, \
+                                A* s1, A* s2) {                                                 \
+    if (activation == Activation::kRelu)                                                        \
+      with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                               \
+        slope<Relu>(dh, addend, u, rows, c, affine, g, s1, s2);                                 \
+      });                                                                                       \
+    else                                                                                        \
+      slope<Silu>(dh, addend, u, rows, channels, affine, g, s1, s2);                            \
+  }                                                                                             \
+  PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {           \
+    with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY { sum(x, rows, c, total); });     \
+  }                                                                                             \
+  PREACT_CLONES void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift, \
+                                    A* d1, A* d2) {                                             \
+    with_channels(channels,                                                                     \
+                  [&](int64_t c) PREACT_INLINE_BODY { deviation(x, rows, c, shift, d1, d2); }); \
+  }                                                                                             \
+  PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,    \
+                                        int64_t channels, const A* coefficients, S* du) {       \
+    if (grad)                                                                                   \
+      residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                        \
+    else                                                                                        \
+      residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                       \
   }
 
 PREACT_ROWS(float, float)
 PREACT_ROWS(bf16, float)
 PREACT_ROWS(double, double)
 
-PREACT_CLONES void transpose(const float* in, int64_t rows, int64_t columns, int64_t ld_out,
-                             float* out) {
-  transpose_squares(in, rows, columns, ld_out, out);
-}
-PREACT_CLONES void transpose(const double* in, int64_t rows, int64_t columns, int64_t ld_out,
-                             double* out) {
-  transpose_squares(in, rows, columns, ld_out, out);
+#define PREACT_TRANSPOSE(T)                                                               \
+  PREACT_CLONES void transpose(const T* in, int64_t rows, int64_t columns, int64_t ld_in, \
+                               int64_t ld_out, T* out) {                                  \
+    transpose_squares(in, rows, columns, ld_in, ld_out, out);                             \
+  }
+
+PREACT_TRANSPOSE(float)
+PREACT_TRANSPOSE(bf16)
+PREACT_TRANSPOSE(double)
+
+PREACT_CLONES void pair_rows(const bf16* in, int64_t rows, int64_t columns, bf16* out) {
+  pair(in, rows, columns, out);
 }
 
 }  // namespace preact

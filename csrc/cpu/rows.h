@@ -8,12 +8,6 @@ namespace preact {
 // For each storage type S with its accumulator A. Every z is computed by one expression, centred,
 // so that forward, mask and wgrad agree on its sign.
 #define PREACT_ROWS(S, A)                                                                        \
-  /* h = act(scale * (u - mean) + shift), or h = u without affine [4, C] */                      \
-  void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,                \
-                     Activation activation, A* h);                                               \
-  /* dy = a * g + b * (output - mean) + c with coefficients [4, K] = mean, a, b, c; or dy = g */ \
-  void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels,             \
-                        const A* coefficients, A* dy);                                           \
   /* out = rounded(tile + addend), also left in tile; addend may be null */                      \
   void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels, S* out);             \
   /* g = rounded((dh + addend) * act'(z)), s1 += g, s2 += g * (u - mean); addend, s1 or null */  \
@@ -32,9 +26,31 @@ PREACT_ROWS(bf16, float)
 PREACT_ROWS(double, double)
 #undef PREACT_ROWS
 
+// The same for each type O of the matrix products' operands.
+#define PREACT_PROLOGUES(S, A, O)                                                                \
+  /* h = act(scale * (u - mean) + shift), or h = u without affine [4, C] */                      \
+  void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,                \
+                     Activation activation, O* h);                                               \
+  /* dy = a * g + b * (output - mean) + c with coefficients [4, K] = mean, a, b, c; or dy = g */ \
+  void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels,             \
+                        const A* coefficients, O* dy);
+
+PREACT_PROLOGUES(float, float, float)
+PREACT_PROLOGUES(bf16, float, float)
+PREACT_PROLOGUES(bf16, float, bf16)
+PREACT_PROLOGUES(double, double, double)
+#undef PREACT_PROLOGUES
+
 // out[c, r] = in[r, c]
-void transpose(const float* in, int64_t rows, int64_t columns, int64_t ld_out, float* out);
-void transpose(const double* in, int64_t rows, int64_t columns, int64_t ld_out, double* out);
+void transpose(const float* in, int64_t rows, int64_t columns, int64_t ld_in, int64_t ld_out,
+               float* out);
+void transpose(const double* in, int64_t rows, int64_t columns, int64_t ld_in, int64_t ld_out,
+               double* out);
+void transpose(const bf16* in, int64_t rows, int64_t columns, int64_t ld_in, int64_t ld_out,
+               bf16* out);
+
+// out[r / 2, c, r % 2] = in[r, c]; rows is even.
+void pair_rows(const bf16* in, int64_t rows, int64_t columns, bf16* out);
 
 // [4, C] = mean, a = scale, b = -scale * rstd * S2 / M, c = -scale * S1 / M; M values a channel.
 template <typename A>

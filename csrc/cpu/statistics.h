@@ -13,11 +13,17 @@ struct Moments {
   double* mean;  // [C]
   double* m2;    // [C]
 
-  void merge(double other_count, int64_t c, double other_mean, double other_m2) {
-    const double total = count + other_count;
-    const double delta = other_mean - mean[c];
-    mean[c] += delta * (other_count / total);
-    m2[c] += other_m2 + delta * delta * (count * other_count / total);
+  // Merges `other_count` values with f(c) = {mean, m2} of each channel.
+  template <typename F>
+  void merge(double other_count, int64_t channels, const F& f) {
+    const double share = other_count / (count + other_count), both = count * share;
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto [other_mean, other_m2] = f(c);
+      const double delta = other_mean - mean[c];
+      mean[c] += delta * share;
+      m2[c] += other_m2 + delta * delta * both;
+    }
+    count += other_count;
   }
 };
 
@@ -37,11 +43,10 @@ void add_tile(Moments& moments, const S* x, int64_t segments, int64_t rows, int6
   }
   for (int64_t i = 0; i < segments; ++i)
     deviation_rows(x + i * pitch, rows, channels, shift, d1, d2);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double mean = d1[c] / count;
-    moments.merge(count, c, shift[c] + mean, std::max(0.0, d2[c] - d1[c] * mean));
-  }
-  moments.count += count;
+  moments.merge(count, channels, [&, per_value = 1 / count](int64_t c) {
+    const double mean = d1[c] * per_value;
+    return std::pair(shift[c] + mean, std::max(0.0, d2[c] - d1[c] * mean));
+  });
 }
 
 // Moments for each part of the work, and their merger into stats [2, C].
@@ -62,8 +67,8 @@ class PartialMoments {
     Moments& total = moments_[0];
     for (size_t i = 1; i < moments_.size(); ++i) {
       const Moments& part = moments_[i];
-      for (int64_t c = 0; c < channels_; ++c) total.merge(part.count, c, part.mean[c], part.m2[c]);
-      total.count += part.count;
+      total.merge(part.count, channels_,
+                  [&](int64_t c) { return std::pair(part.mean[c], part.m2[c]); });
     }
     for (int64_t c = 0; c < channels_; ++c) {
       stats[c] = static_cast<A>(total.mean[c]);

@@ -6,12 +6,20 @@
 #include <atomic>
 #include <stdexcept>
 
-// oneDNN's matrix tile, as torch exports it. A weak symbol: absent in some torch, it is null.
+// oneDNN's matrix tile, as torch exports it. Weak symbols: absent in some torch, they are null.
+namespace c10 {
+struct BFloat16;
+}
 namespace at::native::cpublas {
 __attribute__((weak)) void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
                                   int64_t ldc, const bool accumulate, const float* a,
                                   const float* b, float* c, bool is_vnni);
-}
+__attribute__((weak)) void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
+                                  int64_t ldc, const bool accumulate, const c10::BFloat16* a,
+                                  const c10::BFloat16* b, float* c, bool is_vnni);
+// A thread that has used brgemm gives AMX's tiles back before others use them.
+__attribute__((weak)) void brgemm_release(bool is_vnni);
+}  // namespace at::native::cpublas
 
 namespace preact {
 namespace {
@@ -23,22 +31,49 @@ void brgemm_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int6
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
 }
 
+void brgemm_pairs_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                       bool accumulate, const bf16* a, const bf16* b, float* c) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate,
+                              reinterpret_cast<const c10::BFloat16*>(a),
+                              reinterpret_cast<const c10::BFloat16*>(b), c, true);
+}
+
 // torch refuses, by an exception, on processors without it and where mkldnn is switched off.
-bool brgemm_runs() {
-  if (!at::native::cpublas::brgemm) return false;
-  const float one = 1;
+template <typename Operand>
+bool runs(Tile<Operand, float> tile, const Operand* ones) {
   float product = 0;
   try {
-    brgemm_tile(1, 1, 1, 1, 1, 1, false, &one, &one, &product);
+    tile(1, 1, 2, 2, 1, 1, false, ones, ones, &product);
   } catch (const std::exception&) {
     return false;
   }
-  return product == 1;
+  return product == 2;
+}
+
+bool brgemm_runs() {
+  using Function = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                            const float*, const float*, float*, bool);
+  const float ones[] = {1, 1};
+  return static_cast<Function>(at::native::cpublas::brgemm) && runs(brgemm_tile, ones);
+}
+
+// Only where the processor multiplies bfloat16 itself.
+bool brgemm_runs_pairs() {
+#if defined(__x86_64__)
+  using Function = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                            const c10::BFloat16*, const c10::BFloat16*, float*, bool);
+  const bf16 ones[] = {{0x3f80}, {0x3f80}};
+  return __builtin_cpu_supports("avx512bf16") && at::native::cpublas::brgemm_release &&
+         static_cast<Function>(at::native::cpublas::brgemm) && runs(brgemm_pairs_tile, ones);
+#else
+  return false;
+#endif
 }
 
 void torch_parallel_for(int64_t count, void (*body)(int64_t, void*), void* context) {
   torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i, context);
+    if (at::native::cpublas::brgemm_release) at::native::cpublas::brgemm_release(true);
   });
 }
 
@@ -62,8 +97,9 @@ void use_tile_provider(const std::string& name) {
 }
 
 Runtime torch_runtime() {
-  const Tile<float> portable = portable_tile;
-  return {torch_parallel_for, !portable_only && brgemm_runs() ? brgemm_tile : portable};
+  const bool brgemm = !portable_only && brgemm_runs();
+  return {torch_parallel_for, brgemm ? brgemm_tile : static_cast<Tile<float>>(portable_tile),
+          brgemm && brgemm_runs_pairs() ? brgemm_pairs_tile : nullptr};
 }
 
 }  // namespace preact
