@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("fused_preact.training.command", "train a network and leave a run folder"),
+    "bench": ("fused_preact.bench.command", "measure beside PyTorch's layers, or report on it"),
     "tune": ("fused_preact.tune", "measure the Triton kernels' tile sizes on this GPU"),
     "doctor": ("fused_preact.doctor", "say what was built and what will run here"),
 }

@@ -1,0 +1,1 @@
+"""The command fused-preact bench: runs a checkout's benchmarks, and reports what they found."""

@@ -1,0 +1,201 @@
+"""fused-preact bench: who is measured, what is run, and that reports say what the files say."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cases import all_cases
+from contenders import contenders
+
+from fused_preact import cli
+from fused_preact.bench import command, tables
+from fused_preact.bench.results import load
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def row(case, contender, seconds, *, group="step", dtype="float32", batch=8, speedups=None):
+    """A row as the benchmarks write it; speedups as {other: median}."""
+    ratios = {
+        f"speedup over {other}": {"median": median, "quartiles": [median - 0.1, median + 0.1]}
+        for other, median in (speedups or {}).items()
+    }
+    return {
+        "case": case,
+        "group": group,
+        "passes": "forward+backward",
+        "dtype": f"torch.{dtype}",
+        "shape": [batch, 3, 32, 32],
+        "seconds": [seconds, seconds, seconds],
+        "contender": contender,
+        "peak_bytes": (1 if ratios else 2) << 20,
+        "saved_bytes": 1 << 20,
+        "launches": 7,
+        "bytes": 10**9,
+        "flops": 10**10,
+        "floor_seconds": 1e-3,
+        "of_floor": 1e-3 / seconds,
+        **ratios,
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A GPU's results file: networks of two depths, a unit and an operator."""
+    rows = []
+    for case, group, batch in (
+        ("R-164", "step", 8),
+        ("R-1001", "step", 8),
+        ("basic-64x32", "unit", 8),
+        ("bn_stats-64x32", "operator", 8),
+    ):
+        kind = {"group": group, "batch": batch}
+        rows += [
+            row(case, "eager", 2e-2, **kind),
+            row(case, "eager graph", 1e-2, **kind),
+            row(case, "cuda", 8e-3, speedups={"eager": 2.5, "eager graph": 1.25}, **kind),
+            row(case, "cuda graph", 2.5e-2, speedups={"eager": 0.8, "eager graph": 0.4}, **kind),
+        ]
+    rows[-1]["eager is"] = "what eager runs"
+    machine = {
+        "device": "NVIDIA GPU",
+        "capability": "AVX2",
+        "threads": 4,
+        "torch": "2.11.0",
+        "cuda": "13.0",
+        "commit": "abc",
+        "copy_bytes_per_second": 1e12,
+        "matmul_flops_per_second": {"torch.float32": 1e13, "torch.bfloat16": 1e14},
+    }
+    path = tmp_path / "nvidia-gpu" / "cuda.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"machine": machine, "rows": rows}))
+    return path
+
+
+def test_readme_shows_the_committed_results():
+    """Else: fused-preact bench report --into README.md benchmarks/results/*/*.json"""
+    files = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+    assert files
+    text = (ROOT / "README.md").read_text()
+    assert tables.with_figures(text, tables.figures(map(load, files), ROOT)) == text
+
+
+def test_figures_say_the_ratio_the_rival_and_the_memory(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    assert cli.main(["bench", "report", "--into", str(readme), str(results)]) == 0
+    lines = readme.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert "NVIDIA GPU, torch 2.11.0, commit abc ([all figures](nvidia-gpu/cuda.json)):" in lines
+    for line in (
+        "| R-164, batch 8 | cuda | 2.50 (2.40-2.60), 1.25 over eager graph; memory 0.50 |",
+        "| basic-64x32, batch 8 | cuda graph | **0.80** (0.70-0.90), **0.40** over eager graph; "
+        "memory 0.50 |",
+    ):
+        assert line in lines
+    assert not any("bn_stats" in line for line in lines)
+
+
+def test_report_writes_table_and_pictures(results, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert cli.main(["bench", "report", "--out", str(out), str(results)]) == 0
+    table = (out / "report.md").read_text()
+    cells = "| 8 (8-8) | 2.50 (2.40-2.60) | 1.25 (1.15-1.35), eager graph | 1.0 | 1.0 | 7 | 0.12 |"
+    assert f"| R-1001, batch 8 | forward+backward | float32 | cuda {cells}" in table
+    assert "- `bn_stats`, eager: what eager runs." in table
+    titles = [f"speed-up-per-{group}" for group in ("operator", "unit", "step")]
+    titles += ["step-time-against-depth", "memory-against-depth", "roofline"]
+    files = {f"nvidia-gpu-cuda-{title}.{suffix}" for title in titles for suffix in ("png", "svg")}
+    assert {path.name for path in out.iterdir()} == files | {"report.md"}
+    assert "nothing measured for 'speed-up per attack'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "{}"])
+def test_what_is_no_results_file_is_refused_in_words(content, tmp_path, capsys):
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_text(content)
+    assert cli.main(["bench", "report", str(path)]) == 1
+    assert f"{path} is not a results file" in capsys.readouterr().err
+
+
+def test_a_file_without_place_for_figures_is_left_alone(results, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("no comments\n")
+    assert cli.main(["bench", "report", "--into", str(readme), str(results)]) == 1
+    assert tables.BEGIN in capsys.readouterr().err
+    assert readme.read_text() == "no comments\n"
+
+
+def test_bench_outside_a_checkout_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 1
+    assert "clone the repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ([], ["--results", str(ROOT / "benchmarks" / "results")]),
+        (["--full"], ["--full", "--results", str(ROOT / "benchmarks" / "results")]),
+        (["-k", "R-164"], ["-k", "R-164"]),  # a selection does not replace the whole
+        (["-k", "R-164", "--results", "/r.json"], ["-k", "R-164", "--results", "/r.json"]),
+    ],
+)
+def test_bench_runs_the_checkout_around_it(given, passed, monkeypatch):
+    ran = []
+
+    def run(command, **options):
+        ran.append((command[command.index("--benchmark-only") + 1 :], options["cwd"]))
+        return type("Completed", (), {"returncode": 5})
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.chdir(ROOT / "tests" / "ops")
+    assert cli.main(["bench", *given]) == 5
+    assert ran == [(passed, ROOT)]
+
+
+def names(case, device, full):
+    found = [c for c in all_cases(device) if (c.name, c.group) == case]
+    backends = ("cpu",) if device == "cpu" else ("cuda", "triton")
+    return [contender.name for contender in contenders(found[0], device, backends, full)]
+
+
+ON_GPU = ["cuda", "triton", "cuda graph", "triton graph"]
+
+
+@pytest.mark.parametrize(
+    ("case", "device", "full", "expected"),
+    [
+        (("bn_stats-64x8", "operator"), "cpu", True, ["eager", "cpu"]),
+        (("basic-64x32", "unit"), "cpu", False, ["eager", "eager NCHW", "compile", "cpu"]),
+        (("R-1001", "step"), "cpu", False, ["eager", "cpu"]),
+        (("R-1001", "step"), "cpu", True, ["eager", "eager NCHW", "compile units", "cpu"]),
+        (("WRN-28-10", "step"), "cpu", True, ["eager", "eager NCHW", "compile", "cpu"]),
+        (("bn_stats-64x8", "operator"), "cuda", True, ["eager", "cuda", "triton"]),
+        (
+            ("R-164", "attack"),
+            "cuda",
+            False,
+            ["eager", "eager graph", *ON_GPU],
+        ),
+        (
+            ("WRN-28-10", "step"),
+            "cuda",
+            True,
+            ["eager", "eager NCHW", "compile", "eager graph", "compile max-autotune", *ON_GPU],
+        ),
+        (
+            ("R-1001", "step"),
+            "cuda",
+            True,
+            [
+                *("eager", "eager NCHW", "compile units", "eager graph"),
+                *("compile max-autotune units", *ON_GPU),
+            ],
+        ),
+    ],
+)
+def test_contenders(case, device, full, expected):
+    assert names(case, device, full) == expected
