@@ -101,12 +101,13 @@ struct PreactConvForward {
   Dtype dtype;
   ConvShape shape;
   Activation activation;
-  const void* input;     // [N, H, W, C]
-  const void* affine;    // [4, C] or null: h = input
-  Weight weight;         // [K, C, R, S]
-  const void* residual;  // [N, P, Q, K] or null
-  void* output;          // [N, P, Q, K]
-  void* stats;           // [2, K] or null
+  const void* input;        // [N, H, W, C]
+  const void* affine;       // [4, C] or null: h = input
+  Weight weight;            // [K, C, R, S]
+  const void* residual;     // [N, P, Q, K] or null
+  void* output;             // [N, P, Q, K]
+  void* stats;              // [2, K] or null
+  bool allow_tf32 = false;  // CUDA: float32 may be rounded to TF32 as it is multiplied
 };
 void preact_conv_forward(const Runtime& runtime, const PreactConvForward& op);
 
@@ -121,6 +122,7 @@ struct PreactConvDgrad {
   const void* addend;  // [N, H, W, C] or null
   void* g;             // [N, H, W, C]
   void* sums;          // [2, C] or null
+  bool allow_tf32 = false;
 };
 void preact_conv_dgrad(const Runtime& runtime, const PreactConvDgrad& op);
 
@@ -132,6 +134,7 @@ struct PreactConvWgrad {
   const void* input;   // [N, H, W, C]
   const void* affine;  // [4, C] or null: h = input
   void* dweight;       // [K, C, R, S], contiguous
+  bool allow_tf32 = false;
 };
 void preact_conv_wgrad(const Runtime& runtime, const PreactConvWgrad& op);
 

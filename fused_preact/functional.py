@@ -171,6 +171,7 @@ def preact_unit(
         tuple(None if bn is None else bn.eps for bn in bns),
         tuple(bn is not None and bn.training for bn in bns),
         any(bn is not None and bn.training for bn in bns) and not torch.compiler.is_compiling(),
+        ops.allow_tf32(),
     )
     given = [None if first is None else _input_statistics(operators, input, first)]
     given += [
@@ -214,6 +215,7 @@ class _UnitConfig(NamedTuple):
     eps: tuple[float | None, ...]  # per BatchNorm, None where there is none
     batch_stats: tuple[bool, ...]  # per BatchNorm
     hands_on: bool  # take the output's statistics for the unit that follows
+    allow_tf32: bool
 
 
 class _PreActUnit(Function):
@@ -248,6 +250,7 @@ class _PreActUnit(Function):
                 *config.geometries[i],
                 config.activation,
                 config.hands_on if i == last else config.batch_stats[i + 1],
+                config.allow_tf32,
             )
             all_stats.append(stats)
         ctx.config = config
@@ -286,6 +289,7 @@ class _PreActUnit(Function):
                     weights[i].shape[2:],
                     *config.geometries[i],
                     config.activation,
+                    config.allow_tf32,
                 )
             if not (needs_input or any(needs[: 4 * i]) or needs_gamma or needs_beta):
                 break
@@ -298,6 +302,7 @@ class _PreActUnit(Function):
                 *config.geometries[i],
                 config.activation,
                 config.batch_stats[i] or needs_gamma or needs_beta,
+                config.allow_tf32,
             )
             grads[4 * i + 1] = sums[1] if needs_gamma else None
             grads[4 * i + 2] = sums[0] if needs_beta else None
@@ -321,6 +326,7 @@ class _PreActUnit(Function):
                 projection.shape[2:],
                 *config.projection,
                 config.activation,
+                config.allow_tf32,
             )
         return _once(dx, dy if needs_residual else None, None, dw_projection, *grads)
 
@@ -331,7 +337,14 @@ def _shortcut(config, input, affine, projection):
     if projection is not None:
         weight = projection.to(input.dtype)
         return op.preact_conv_forward(
-            input, affine, weight, None, *config.projection, config.activation, False
+            input,
+            affine,
+            weight,
+            None,
+            *config.projection,
+            config.activation,
+            False,
+            config.allow_tf32,
         )[0]
     return input if affine is None else op.bn_relu_forward(input, affine, config.activation)
 
@@ -352,6 +365,7 @@ def _shortcut_grad(config, dy, input, projection):
         *config.projection,
         config.activation,
         False,
+        config.allow_tf32,
     )[0]
 
 

@@ -100,6 +100,30 @@ def channels_last(input: Tensor) -> Tensor:
     return input
 
 
+def allow_tf32() -> bool:
+    """Whether PyTorch lets convolutions round float32 to TF32, see torch.backends.cudnn.
+
+    torch.compile compiles again where torch.backends.cudnn.allow_tf32 changes. Where precisions
+    were set one by one PyTorch has no such flag: a graph then keeps what it was compiled under.
+    """
+    if torch.compiler.is_compiling() and _has_tf32_flag():
+        return torch.backends.cudnn.allow_tf32
+    return _tf32_precision()
+
+
+@torch.compiler.assume_constant_result
+def _has_tf32_flag() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32 in (True, False)
+    except RuntimeError:
+        return False
+
+
+@torch.compiler.assume_constant_result
+def _tf32_precision() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def warn_once(message: str) -> None:
     """Warn, once per process and message; silent while torch.compile traces."""
     if torch.compiler.is_compiling() or message in _warned:
@@ -251,7 +275,19 @@ def _(grad, input, affine, activation, with_sums):
 
 
 @_fake("preact_conv_forward")
-def _(input, affine, weight, residual, stride, padding, dilation, groups, activation, with_stats):
+def _(
+    input,
+    affine,
+    weight,
+    residual,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    with_stats,
+    allow_tf32=False,
+):
     size = output_size(input.shape, weight.shape[2:], stride, padding, dilation)
     output = _activations(input, (input.shape[0], weight.shape[0], *size))
     return output, _vectors(input, 2, weight.shape[0] if with_stats else 0)
@@ -273,6 +309,7 @@ def _(
     groups,
     activation,
     with_sums,
+    allow_tf32=False,
 ):
     channels = 0 if affine is None or not with_sums else input.shape[1]
     return _activations(input, input.shape), _vectors(input, 2, channels)
@@ -292,6 +329,7 @@ def _(
     dilation,
     groups,
     activation,
+    allow_tf32=False,
 ):
     shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
     return input.new_empty(shape, dtype=reference.accumulator(input.dtype))

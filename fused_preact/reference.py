@@ -10,6 +10,9 @@ What the operators hand each other, for an activation u of C channels and M = N*
     sums    (2, C)  S1 = sum g (= dbeta), S2 = sum g * (u - mean) * rstd (= dgamma)
 
 all of them float32, or float64 where u is float64. He et al. 2016, arXiv:1603.05027.
+
+allow_tf32 lets a backend round float32 to TF32 where it multiplies. PyTorch's convolutions, and
+so the reference, go by torch.backends.cudnn instead; the CPU never rounds.
 """
 
 from collections.abc import Sequence
@@ -66,6 +69,7 @@ def preact_conv_forward(
     groups: int,
     activation: str,
     with_stats: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y = conv(h, weight) + residual and the statistics of y, h = bn_relu_forward(input).
 
@@ -96,6 +100,7 @@ def preact_conv_dgrad(
     groups: int,
     activation: str,
     with_sums: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """g = (dgrad(dy, weight) + addend) * act'(z) and its sums.
 
@@ -131,6 +136,7 @@ def preact_conv_wgrad(
     dilation: list[int],
     groups: int,
     activation: str,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """dW = wgrad(h, dy), (K, C / groups, R, S) in the accumulator's dtype; h is computed again.
 

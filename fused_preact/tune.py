@@ -202,6 +202,8 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
 
 def _calls(layer: Layer, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Arguments for each operator, as inside of a network in training, and the geometry."""
+    from . import ops
+
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -214,7 +216,7 @@ def _calls(layer: Layer, dtype: torch.dtype, device: str) -> dict[str, Any]:
     pad = layer.kernel // 2
     size = (layer.size - 1) // layer.stride + 1
     kernel, stride = [layer.kernel] * 2, [layer.stride] * 2
-    geometry = stride, [pad] * 4, [1, 1], 1
+    geometry, tf32 = (stride, [pad] * 4, [1, 1], 1), ops.allow_tf32()
     input, input_affine = randn(layer.batch, layer.C, layer.size, layer.size), affine(layer.C)
     weight = randn(layer.K, layer.C, *kernel) / (layer.C * layer.kernel**2) ** 0.5
     output = randn(layer.batch, layer.K, size, size)
@@ -223,13 +225,13 @@ def _calls(layer: Layer, dtype: torch.dtype, device: str) -> dict[str, Any]:
     g, input_sums = randn(*input.shape), randn(2, layer.C, dtype=torch.float32)
     return {
         "geometry": (kernel, *geometry),
-        "preact_conv_forward": (input, input_affine, weight, None, *geometry, "relu", True),
+        "preact_conv_forward": (input, input_affine, weight, None, *geometry, "relu", True, tf32),
         "preact_conv_dgrad": (
             *deferred,
             *(weight, input, input_affine, None),
-            *(*geometry, "relu", True),
+            *(*geometry, "relu", True, tf32),
         ),
-        "preact_conv_wgrad": (*deferred, input, input_affine, kernel, *geometry, "relu"),
+        "preact_conv_wgrad": (*deferred, input, input_affine, kernel, *geometry, "relu", tf32),
         "bn_stats": (input,),
         "bn_relu_forward": (input, input_affine, "relu"),
         "bn_relu_backward": (g, input, input_affine, "relu", True),

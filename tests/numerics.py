@@ -20,6 +20,11 @@ the largest of them gets twice as much:
 
 What the values of a channel share, its sums, is one draw, so few channels get more. Sums are kept
 in float32: bfloat16's own rounding outweighs theirs, in float32 every addition is a rounding.
+
+TF32 is float32 whose convolutions round both factors of each product to 11 significant bits, to
+nearest: h and the weight forward, also dy backward. Eager does so on a GPU; here tf32() rounds the
+factors for it, and what is then exact in float32 is all that TF32 means. To float32's floor comes
+that of one such rounding of each factor falling elsewhere, taken as often as 16-bit types' are.
 """
 
 import inspect
@@ -43,6 +48,7 @@ FLOORS = {
     torch.float64: (2, 16, 64),
 }
 DRAWS = 4
+TF32_EPS = 2.0**-10
 
 Results = dict[str, Tensor]
 
@@ -186,8 +192,15 @@ def fused(case: Case) -> Tensor:
     )
 
 
-def eager(case: Case, rounding: tuple[float, float] | None = None) -> Tensor:
-    """PyTorch's layers; rounding, the spacings of dtype and accumulator, lets roundings fall."""
+def eager(
+    case: Case,
+    rounding: tuple[float, float] | None = None,
+    factor: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """PyTorch's layers; rounding, the spacings of dtype and accumulator, lets roundings fall.
+
+    factor is applied to both factors of each product, forward and backward.
+    """
     eps = rounding and rounding[0]
 
     def pre_activate(input: Tensor, bn: BatchNorm | None) -> Tensor:
@@ -207,7 +220,10 @@ def eager(case: Case, rounding: tuple[float, float] | None = None) -> Tensor:
             # The pixels that are read; with a stride, PyTorch's weight gradient of few channels
             # writes past its buffers (oneDNN on AVX2, torch 2.13 and 2.14).
             h, stride = h[:, :, :: stride[0], :: stride[1]], 1
-        return _rounded(F.conv2d(h, conv.weight, None, stride, 0, conv.dilation, conv.groups), eps)
+        options = stride, 0, conv.dilation, conv.groups
+        if factor is not None:
+            return _rounded(_Convolution.apply(h, conv.weight, factor, options), eps)
+        return _rounded(F.conv2d(h, conv.weight, None, *options), eps)
 
     u = h = pre_activate(case.input, case.bns[0])
     added = case.residual
@@ -241,17 +257,26 @@ class Expected:
     limits: dict[tuple[str, int | None], tuple[Tensor, Tensor]]  # error of eager, floor
 
 
-def expect(eager: Results, truth: Results, draws: list[Results], dtype: torch.dtype) -> Expected:
+def expect(
+    eager: Results,
+    truth: Results,
+    draws: list[Results],
+    dtype: torch.dtype,
+    tf32_draws: Sequence[Results] = (),
+) -> Expected:
     """What the rule asks for; draws are truth with roundings that fell at random."""
+    floors = [(draws, FLOORS[dtype])]
+    if tf32_draws:
+        floors.append((list(tf32_draws), FLOORS[torch.bfloat16]))
     limits = {}
     for name, true in truth.items():
         for dim in _dims(true):
-            drawn = torch.stack([_errors(draw[name], true, dim) for draw in draws])
-            base, shared, single = FLOORS[dtype]
-            channels = true.shape[min(1, true.dim() - 1)] if true.dim() else 1
-            times = single if dim is not None else base + shared / math.sqrt(channels)
-            floor = times * torch.tensor([[1.0], [2.0]]) * drawn.square().mean(0).sqrt()
-            floor += torch.finfo(torch.float64).eps * _errors(true, 0 * true, dim)  # truth's own
+            floor = torch.finfo(torch.float64).eps * _errors(true, 0 * true, dim)  # truth's own
+            for drawn_results, (base, shared, single) in floors:
+                drawn = torch.stack([_errors(draw[name], true, dim) for draw in drawn_results])
+                channels = true.shape[min(1, true.dim() - 1)] if true.dim() else 1
+                times = single if dim is not None else base + shared / math.sqrt(channels)
+                floor += times * torch.tensor([[1.0], [2.0]]) * drawn.square().mean(0).sqrt()
             limits[name, dim] = _errors(eager[name], true, dim), floor
     return Expected(truth, {name: value.dtype for name, value in eager.items()}, limits)
 
@@ -278,15 +303,23 @@ def assert_close(ours: Results, expected: Expected, *, by_channel: bool = True) 
     assert not failures, "\n".join(["tolerance rule broken", *failures])
 
 
-def assert_rule(case: Case, dtype: torch.dtype, *, by_channel: bool = True) -> None:
+def assert_rule(
+    case: Case, dtype: torch.dtype, *, by_channel: bool = True, allow_tf32: bool = False
+) -> None:
     """Hold the fused results for case to the tolerance rule."""
 
+    def draws(*args: Any) -> list[Results]:
+        return [run(case, torch.float64, eager, *args) for _ in range(DRAWS)]
+
     def expected() -> Expected:
-        draws = [run(case, torch.float64, eager, _rounding(dtype)) for _ in range(DRAWS)]
-        return expect(run(case, dtype, eager), run(case, torch.float64, eager), draws, dtype)
+        theirs = run(case, dtype, eager, None, tf32 if allow_tf32 else None)
+        tf32_draws = draws(None, lambda x: perturbed(x, TF32_EPS)) if allow_tf32 else ()
+        truth = run(case, torch.float64, eager)
+        return expect(theirs, truth, draws(_rounding(dtype)), dtype, tf32_draws)
 
     ours = run(case, dtype, fused)
-    assert_close(ours, _remembered((case, dtype), expected), by_channel=by_channel)
+    key = case, dtype, allow_tf32
+    assert_close(ours, _remembered(key, expected), by_channel=by_channel)
 
 
 def assert_operator_rule(operators: Any, name: str, dtype: torch.dtype, *args: Any) -> None:
@@ -378,6 +411,32 @@ class _Rounding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return perturbed(grad, ctx.eps), None
+
+
+class _Convolution(torch.autograd.Function):
+    """conv2d of factor(h) and factor(weight), and in its gradients factor(dy)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, factor: Callable[[Tensor], Tensor], options: tuple
+    ) -> Tensor:
+        h, weight = factor(h), factor(weight)
+        ctx.save_for_backward(h, weight)
+        ctx.factor, ctx.options = factor, options
+        return F.conv2d(h, weight, None, *options)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight = ctx.saved_tensors
+        dy = ctx.factor(dy)
+        dh = torch.nn.grad.conv2d_input(h.shape, weight, dy, *ctx.options)
+        return dh, torch.nn.grad.conv2d_weight(h, weight.shape, dy, *ctx.options), None, None
+
+
+def tf32(tensor: Tensor) -> Tensor:
+    """A float32 tensor to the nearest of TF32's numbers, ties away from zero as the GPU has it."""
+    bits = tensor.view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def perturbed(tensor: Tensor, eps: float) -> Tensor:

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "bn.cuh"
 #include "launch.cuh"
@@ -175,10 +176,11 @@ struct Gradient {
 };
 
 // Elements from one row of a shared tile to the next: 16 bytes more, so that ldmatrix finds eight
-// rows in different banks.
+// rows in different banks. ldmatrix cannot transpose 32-bit numbers: they are read one by one,
+// eight of each of four rows, which takes 32 bytes.
 template <typename T>
-__host__ __device__ constexpr int pitch(int columns) {
-  return columns + 16 / static_cast<int>(sizeof(T));
+__host__ __device__ constexpr int pitch(int columns, bool transposed) {
+  return columns + (transposed && sizeof(T) == 4 ? 32 : 16) / static_cast<int>(sizeof(T));
 }
 
 template <typename T>
@@ -208,9 +210,10 @@ PREACT_DEVICE int row_of_thread(int i) {
 
 // A block's window of an operand: kPieces pieces of channels for each pixel, zero where the image
 // or the channels end. A thread transforms the pieces that it copied, so no barrier lies between.
-template <typename T, class Source, int kPieces>
+// kTransposed: multiply() reads it transposed.
+template <typename T, class Source, int kPieces, bool kTransposed>
 struct Window {
-  static constexpr int kPitch = pitch<T>(kPieces * kPiece);
+  static constexpr int kPitch = pitch<T>(kPieces * kPiece, kTransposed);
   static constexpr int kRowStep = kConvThreads / kPieces;
   static constexpr int kMostPixels = kMostPiecesPerThread * kRowStep;
 
@@ -324,7 +327,7 @@ PREACT_DEVICE void fill_row_table(int* table, int rows, const Patch& patch, cons
 }
 
 // Copies W[k0 : k0 + kRows, c0 : c0 + kColumns] of one tap into shared memory, zero beyond the end.
-template <typename T, int kRows, int kColumns>
+template <typename T, int kRows, int kColumns, int kPitch>
 PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
                                  const Channels& channels, int64_t k0, int64_t c0, int tap_row,
                                  int tap_column, T* shared) {
@@ -335,7 +338,7 @@ PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
     const int row = row_of_thread<T, kPieces>(i);
     const int64_t k = k0 + row, first = c0 + i % kPieces * kPiece;
     const int valid = k < output_channels ? channels.valid(first) : 0;
-    T* const to = shared + row * pitch<T>(kColumns) + i % kPieces * kPiece;
+    T* const to = shared + row * kPitch + i % kPieces * kPiece;
     const T* const from = tap + k * weight.stride_k + first * weight.stride_c;
     if (valid <= 0) {
       zero_piece(to);
@@ -387,6 +390,44 @@ PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, cons
       for (int m = 0; m < kM; ++m) {
         matrix_multiply(c[m][n], a[m], b[0], b[1], T{});
         matrix_multiply(c[m][n + 1], a[m], b[2], b[3], T{});
+      }
+    }
+  } else if constexpr (std::is_same_v<T, tf32>) {
+    const int row = lane / 4, column = lane % 4;
+#pragma unroll
+    for (int k = 0; k < 16; k += 8) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        if constexpr (kATransposed) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            a[m][i] =
+                __float_as_uint(widen(*a_at(16 * m + row + i % 2 * 8, k + column + i / 2 * 4)));
+        } else {
+          load_matrices(a[m], a_at(16 * m + lane % 16, k + lane / 16 * 4));
+        }
+#pragma unroll
+        for (uint32_t& one : a[m]) round_to_tf32(one);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        if (8 * n >= live) break;
+        uint32_t b[4];
+        if constexpr (kBTransposed) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            b[i] = __float_as_uint(widen(*b_at(8 * n + row + i / 2 * 8, k + column + i % 2 * 4)));
+        } else {
+          load_matrices(b, b_at(8 * n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 4));
+        }
+#pragma unroll
+        for (uint32_t& one : b) round_to_tf32(one);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          matrix_multiply(c[m][n], a[m], b[0], b[1], T{});
+          matrix_multiply(c[m][n + 1], a[m], b[2], b[3], T{});
+        }
       }
     }
   } else {

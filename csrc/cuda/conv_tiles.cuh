@@ -46,8 +46,9 @@ __host__ __device__ constexpr int taps_of_step(int taps) {
 
 // A shared tile of weights for one tap: forward [64 of K, 32 of C], dgrad [32 of K, 64 of C].
 template <typename T, bool kDgrad>
-constexpr int kWeightTile =
-    (kDgrad ? kChunk : kTileChannels) * pitch<T>(kDgrad ? kTileChannels : kChunk);
+constexpr int kWeightPitch = pitch<T>(kDgrad ? kTileChannels : kChunk, kDgrad);
+template <typename T, bool kDgrad>
+constexpr int kWeightTile = (kDgrad ? kChunk : kTileChannels) * kWeightPitch<T, kDgrad>;
 
 template <typename T, bool kDgrad>
 SharedLayout shared_layout(int window_pixels, bool two, int taps_down, int taps_across,
@@ -60,7 +61,7 @@ SharedLayout shared_layout(int window_pixels, bool two, int taps_down, int taps_
   layout.resident = all <= kResidentBytes;
   layout.weights = kAxesAt + 128;
   layout.windows = layout.weights + (layout.resident ? all : 0);
-  layout.window_bytes = int64_t{window_pixels} * pitch<T>(kChunk) * kBytes;
+  layout.window_bytes = int64_t{window_pixels} * pitch<T>(kChunk, false) * kBytes;
   layout.second = layout.windows + 2 * layout.window_bytes;
   layout.streamed = layout.second + (two ? layout.window_bytes : 0);
   const int64_t end = layout.streamed + (layout.resident ? 0 : 2 * step);
@@ -84,7 +85,8 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, int64_t images
   };
   const int64_t most_bytes = most_shared_bytes(runtime.device), empty = layout(0).streamed;
   const int64_t streamed = layout(0).resident ? 0 : layout(0).total - empty;
-  const int64_t pixel_bytes = (two ? 3 : 2) * pitch<T>(kChunk) * static_cast<int64_t>(sizeof(T));
+  const int64_t pixel_bytes =
+      (two ? 3 : 2) * pitch<T>(kChunk, false) * static_cast<int64_t>(sizeof(T));
   const int64_t most_window =
       std::min<int64_t>((most_bytes - empty - streamed) / pixel_bytes,
                         kMostPiecesPerThread * kConvThreads / (kChunk / kPiece));
@@ -108,9 +110,8 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
                               const Source& source, const Weight& weight, const Channels& result,
                               int64_t height, int64_t width, const Epilogue& epilogue,
                               const ReductionMemory& memory, const Reduced& reduced) {
-  constexpr int kPitch = pitch<T>(kChunk);
+  constexpr int kPitch = pitch<T>(kChunk, false);
   constexpr int kM = 2, kN = 8;  // a warp has 32 pixels by 64 channels
-  constexpr int kWeightPitch = pitch<T>(kDgrad ? kTileChannels : kChunk);
   const SharedLayout& layout = tiling.shared;
   unsigned char* const shared = shared_memory();
   int* const table = reinterpret_cast<int*>(shared);
@@ -142,11 +143,13 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
       const int column = c.weight_first + t * c.weight_step;
       T* const tile = to + (t - first) * kWeightTile<T, kDgrad>;
       if constexpr (kDgrad)
-        fetch_weights<T, kChunk, kTileChannels>(weight, tiling.output_channels, tiling.weights,
-                                                chunk, first_channel, row, column, tile);
+        fetch_weights<T, kChunk, kTileChannels, kWeightPitch<T, true>>(
+            weight, tiling.output_channels, tiling.weights, chunk, first_channel, row, column,
+            tile);
       else
-        fetch_weights<T, kTileChannels, kChunk>(weight, tiling.output_channels, tiling.weights,
-                                                first_channel, chunk, row, column, tile);
+        fetch_weights<T, kTileChannels, kChunk, kWeightPitch<T, false>>(
+            weight, tiling.output_channels, tiling.weights, first_channel, chunk, row, column,
+            tile);
     }
   };
   const auto step_weights = [&](int step) {
@@ -159,7 +162,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   if (layout.resident)
     for (int step = 0; step < steps; ++step) fetch_step_weights(step, step_weights(step));
 
-  Window<T, Source, kChunk / kPiece> window(source, r, c, tiling.patch, tiling.images);
+  Window<T, Source, kChunk / kPiece, false> window(source, r, c, tiling.patch, tiling.images);
   const int column = thread % live_pieces, row = thread / live_pieces;
   const int rows = kConvThreads / live_pieces;
   const int64_t my_channel = first_channel + column * kPiece;
@@ -190,6 +193,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
       const T* const taps =
           window_at(chunk) + (tap_row * window.window_columns + first_tap) * kPitch;
       for (int t = 0; t < kTapsPerStep && first_tap + t < c.taps; ++t) {
+        constexpr int kRow = kWeightPitch<T, kDgrad>;
         const T* const weights = step_weights(step) + t * kWeightTile<T, kDgrad>;
 #pragma unroll
         for (int k0 = 0; k0 < kChunk; k0 += 16) {
@@ -200,8 +204,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
                 return taps + load_shared(table + warp * 32 + m) + t * kPitch + k0 + k;
               },
               [&](int n, int k) {
-                return kDgrad ? weights + (k0 + k) * kWeightPitch + n
-                              : weights + n * kWeightPitch + k0 + k;
+                return kDgrad ? weights + (k0 + k) * kRow + n : weights + n * kRow + k0 + k;
               });
         }
       }

@@ -52,6 +52,10 @@ template <>
 PREACT_DEVICE float narrow<float>(float x) {
   return x;
 }
+template <>
+PREACT_DEVICE tf32 narrow<tf32>(float x) {
+  return {x};
+}
 
 // As a kernel that reads v again will see it.
 template <typename T>

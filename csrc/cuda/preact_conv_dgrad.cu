@@ -94,7 +94,7 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
   const Axis columns =
       most_of(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left);
   const int phases = static_cast<int>(s.stride_height * s.stride_width);
-  dispatch(op.dtype, op.activation, [&]<typename T, Activation kActivation>() {
+  dispatch_conv(op, [&]<typename T, Activation kActivation>() {
     const Gradient<T> source(op.grad, op.shape.output);
     const auto [tiling, grid] = tile_conv<T, true>(runtime, images, rows, columns, op.weight, c, k,
                                                    op.grad.output != nullptr, phases);

@@ -62,7 +62,7 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
                                  static_cast<int>(s.kernel_height), s.stride_height, s.pad_top);
   const Axis columns = forward_axis(s.input.width, s.output.width, 0,
                                     static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
-  dispatch(op.dtype, op.activation, [&]<typename T, Activation kActivation>() {
+  dispatch_conv(op, [&]<typename T, Activation kActivation>() {
     const auto [tiling, grid] =
         tile_conv<T, false>(runtime, images, rows, columns, op.weight, c, k, false, 1);
     const int64_t parts = grid.x / ceil_div(k, kTileChannels);

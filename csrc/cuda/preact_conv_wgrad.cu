@@ -28,7 +28,7 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_wgrad_kernel(
     const WgradTiling tiling, const ConvShape s, const Gradient<T> grad,
     const Activated<T, kActivation> input,
     float* partial) {  // [splits, R * S, K, C]
-  constexpr int kPieces = kTile / kPiece, kPitch = pitch<T>(kTile);
+  constexpr int kPieces = kTile / kPiece, kPitch = pitch<T>(kTile, true);
   constexpr int kM = 2, kN = 4;  // a warp has 32 by 32 channels
   constexpr int64_t kGradBytes = kPatchPixels * kPitch * static_cast<int64_t>(sizeof(T));
   const int64_t k = s.output.channels, c = s.input.channels;
@@ -61,10 +61,10 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_wgrad_kernel(
   };
   fill_row_table(table, kPatchPixels, tiling.patch, rows, columns, kPitch);
 
-  Window<T, Gradient<T>, kPieces> dy(grad, grad_rows, grad_columns, tiling.patch, s.input.images,
-                                     kPatchPixels);
-  Window<T, Activated<T, kActivation>, kPieces> h(input, rows, columns, tiling.patch,
-                                                  s.input.images);
+  Window<T, Gradient<T>, kPieces, true> dy(grad, grad_rows, grad_columns, tiling.patch,
+                                           s.input.images, kPatchPixels);
+  Window<T, Activated<T, kActivation>, kPieces, true> h(input, rows, columns, tiling.patch,
+                                                        s.input.images);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int warp_k = thread / 64 * 32, warp_c = thread / 32 % 2 * 32;
   const int live = static_cast<int>(c - first_c - warp_c < 32 ? c - first_c - warp_c : 32);
@@ -147,10 +147,10 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   const Axis columns =
       forward_axis(s.input.width, s.output.width, 0, taps_across, s.stride_width, 0);
 
-  constexpr int64_t kPixelBytes = pitch<T>(kTile) * static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kPixelBytes = pitch<T>(kTile, true) * static_cast<int64_t>(sizeof(T));
   const int64_t fixed = kPatchPixels * static_cast<int64_t>(sizeof(int)) +
                         (op.grad.output ? 3 : 2) * kPatchPixels * kPixelBytes;
-  using Inputs = Window<T, Activated<T, kActivation>, kTile / kPiece>;
+  using Inputs = Window<T, Activated<T, kActivation>, kTile / kPiece, true>;
   const int64_t most_window = std::min<int64_t>(
       (most_shared_bytes(runtime.device) - fixed) / (2 * kPixelBytes), Inputs::kMostPixels);
   WgradTiling tiling{};
@@ -190,7 +190,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
 }  // namespace cuda
 
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op) {
-  cuda::dispatch(op.dtype, op.activation, [&]<typename T, Activation kActivation>() {
+  cuda::dispatch_conv(op, [&]<typename T, Activation kActivation>() {
     if (op.shape.kernel_width == 1)
       cuda::run<T, kActivation, 1>(runtime, op);
     else

@@ -14,6 +14,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// float32 in memory, rounded to TF32 where it is multiplied.
+struct tf32 {
+  float value;
+};
 struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
@@ -39,6 +43,12 @@ PREACT_DEVICE float widen(f16 x) {
   float out;
   asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x.bits));
   return out;
+}
+PREACT_DEVICE float widen(tf32 x) { return x.value; }
+
+// The bits of a float32, to the nearest of TF32's 11 significant bits, ties away from zero.
+PREACT_DEVICE void round_to_tf32(uint32_t& bits) {
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
 }
 
 // Two neighbours in memory, to nearest even; low comes first.
@@ -69,6 +79,7 @@ PREACT_DEVICE Bytes16 load16(const T* p) {
 PREACT_DEVICE float load(const float* p) { return __ldg(p); }
 PREACT_DEVICE bf16 load(const bf16* p) { return {__ldg(&p->bits)}; }
 PREACT_DEVICE f16 load(const f16* p) { return {__ldg(&p->bits)}; }
+PREACT_DEVICE tf32 load(const tf32* p) { return {__ldg(&p->value)}; }
 
 // Of what other blocks of this launch have written.
 PREACT_DEVICE float load_fresh(const float* p) { return __ldcg(p); }
@@ -115,7 +126,9 @@ PREACT_DEVICE int count_arrival(int* ticket) { return atomicAdd(ticket, 1); }
 
 // --- tensor cores --------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
+// Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8, and
+// gets of each matrix the numbers 2 * (l % 4) and the next of row l / 4. Or four 8x4 matrices of
+// 32-bit numbers, of which it gets number l % 4 of row l / 4.
 PREACT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -142,6 +155,16 @@ PREACT_DEVICE void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32
                                    f16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c[16, 8] += a[16, 8] b[8, 8] of rounded numbers, spread over a warp as in mma.m16n8k8.
+PREACT_DEVICE void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   tf32) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -84,7 +84,7 @@ struct Operators {
   static std::tuple<Tensor, Tensor> preact_conv_forward(
       const Tensor& input, const OptionalTensor& affine, const Tensor& weight,
       const OptionalTensor& residual, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-      std::string activation_name, bool with_stats) {
+      std::string activation_name, bool with_stats, bool allow_tf32) {
     const Dtype dtype = dtype_of<Device>(input);
     const int64_t channels = image_shape(input).channels;
     const Weight w = weight_of(weight, input, channels);
@@ -99,7 +99,7 @@ struct Operators {
     Device device(input);
     preact::preact_conv_forward(device.runtime(),
                                 {dtype, shape, act, data(u), data(a), w, data(added),
-                                 mutable_data(output), mutable_data(stats)});
+                                 mutable_data(output), mutable_data(stats), allow_tf32});
     return {output, stats};
   }
 
@@ -107,7 +107,8 @@ struct Operators {
       const Tensor& grad, const OptionalTensor& output, const OptionalTensor& output_affine,
       const OptionalTensor& output_sums, const Tensor& weight, const Tensor& input,
       const OptionalTensor& affine, const OptionalTensor& addend, Sizes stride, Sizes padding,
-      Sizes dilation, int64_t groups, std::string activation_name, bool with_sums) {
+      Sizes dilation, int64_t groups, std::string activation_name, bool with_sums,
+      bool allow_tf32) {
     const Dtype dtype = dtype_of<Device>(input);
     const int64_t channels = image_shape(input).channels;
     const Weight w = weight_of(weight, input, channels);
@@ -121,8 +122,9 @@ struct Operators {
     const Tensor g = new_activation(input, shape.input);
     const Tensor sums = new_vectors(input, 2, affine && with_sums ? channels : 0);
     Device device(input);
-    preact::preact_conv_dgrad(device.runtime(), {dtype, shape, act, dy.get(), w, data(u), data(a),
-                                                 data(added), mutable_data(g), mutable_data(sums)});
+    preact::preact_conv_dgrad(device.runtime(),
+                              {dtype, shape, act, dy.get(), w, data(u), data(a), data(added),
+                               mutable_data(g), mutable_data(sums), allow_tf32});
     return {g, sums};
   }
 
@@ -131,7 +133,7 @@ struct Operators {
                                   const OptionalTensor& output_sums, const Tensor& input,
                                   const OptionalTensor& affine, Sizes kernel_size, Sizes stride,
                                   Sizes padding, Sizes dilation, int64_t groups,
-                                  std::string activation_name) {
+                                  std::string activation_name, bool allow_tf32) {
     const Dtype dtype = dtype_of<Device>(input);
     check(grad.dim() == 4, "grad: expected (N, K, H', W'), got shape ", text(sizes_of(grad)));
     const ConvShape shape =
@@ -145,8 +147,8 @@ struct Operators {
     const Tensor dweight =
         torch::stable::empty(sizes, accumulator_of(input), std::nullopt, input.device());
     Device device(input);
-    preact::preact_conv_wgrad(
-        device.runtime(), {dtype, shape, act, dy.get(), data(u), data(a), mutable_data(dweight)});
+    preact::preact_conv_wgrad(device.runtime(), {dtype, shape, act, dy.get(), data(u), data(a),
+                                                 mutable_data(dweight), allow_tf32});
     return dweight;
   }
 
@@ -178,16 +180,18 @@ void define_operators(Library& m) {
       "-> (Tensor, Tensor)");
   m.def(
       "preact_conv_forward(Tensor input, Tensor? affine, Tensor weight, Tensor? residual, "
-      "int[] stride, int[] padding, int[] dilation, int groups, str activation, bool with_stats) "
+      "int[] stride, int[] padding, int[] dilation, int groups, str activation, bool with_stats, "
+      "bool allow_tf32=False) "
       "-> (Tensor, Tensor)");
   m.def(
       "preact_conv_dgrad(Tensor grad, Tensor? output, Tensor? output_affine, Tensor? output_sums, "
       "Tensor weight, Tensor input, Tensor? affine, Tensor? addend, int[] stride, int[] padding, "
-      "int[] dilation, int groups, str activation, bool with_sums) -> (Tensor, Tensor)");
+      "int[] dilation, int groups, str activation, bool with_sums, "
+      "bool allow_tf32=False) -> (Tensor, Tensor)");
   m.def(
       "preact_conv_wgrad(Tensor grad, Tensor? output, Tensor? output_affine, Tensor? output_sums, "
       "Tensor input, Tensor? affine, int[] kernel_size, int[] stride, int[] padding, "
-      "int[] dilation, int groups, str activation) -> Tensor");
+      "int[] dilation, int groups, str activation, bool allow_tf32=False) -> Tensor");
   m.def(
       "residual_grad(Tensor? grad, Tensor g, Tensor input, Tensor affine, Tensor? sums) -> Tensor");
 }

@@ -53,14 +53,9 @@ def vectors(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as PyTorch's own convolutions do it, see torch.backends.cudnn.
-
-    TF32 where torch.backends.cudnn.allow_tf32 holds (PyTorch's default), else exactly.
-    """
-    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
-        return "tf32"
-    return "ieee"
+def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """tl.dot's input_precision: what 16-bit operands ignore is one choice for them, not two."""
+    return "tf32" if allow_tf32 and dtype == torch.float32 else "ieee"
 
 
 def row_tiles(operator: str, input: Tensor) -> tuple[int, Mapping[str, int]]:

@@ -122,6 +122,7 @@ def preact_conv_dgrad(
     groups: int,
     activation: str,
     with_sums: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     grad, weight, input = nhwc(grad), nhwc(weight), nhwc(input)
     channels = input.shape[1]
@@ -156,7 +157,7 @@ def preact_conv_dgrad(
         conv.output_pixels,
         tiles,
         ACTIVATION=activation,
-        PRECISION=dot_precision(input.dtype),
+        PRECISION=dot_precision(input.dtype, allow_tf32),
         **geometry,
         **options,
     )

@@ -94,6 +94,7 @@ def preact_conv_forward(
     groups: int,
     activation: str,
     with_stats: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     input, weight = nhwc(input), nhwc(weight)
     channels, _, *kernel_size = weight.shape
@@ -120,7 +121,7 @@ def preact_conv_forward(
         *conv,
         rows,
         ACTIVATION=activation,
-        PRECISION=dot_precision(input.dtype),
+        PRECISION=dot_precision(input.dtype, allow_tf32),
         **geometry,
         **options,
     )

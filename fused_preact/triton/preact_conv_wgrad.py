@@ -95,6 +95,7 @@ def preact_conv_wgrad(
     dilation: list[int],
     groups: int,
     activation: str,
+    allow_tf32: bool = False,
 ) -> Tensor:
     grad, input = nhwc(grad), nhwc(input)
     conv, _, geometry = shape_of(
@@ -124,7 +125,7 @@ def preact_conv_wgrad(
         rows,
         steps,
         ACTIVATION=activation,
-        PRECISION=dot_precision(input.dtype),
+        PRECISION=dot_precision(input.dtype, allow_tf32),
         **geometry,
         **options,
     )

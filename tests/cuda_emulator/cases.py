@@ -1,5 +1,6 @@
 """Shapes and data for each operator: small and odd, so that every edge of a tile is met."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,9 +39,19 @@ TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def run(
-    operators, shape: Shape, dtype: torch.dtype, activation: str, whole: bool
+    operators,
+    shape: Shape,
+    dtype: torch.dtype,
+    activation: str,
+    whole: bool,
+    *,
+    allow_tf32: bool = False,
+    factor: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, Tensor]:
-    """Every operator on the same data, whoever runs it; whole: with all that is optional."""
+    """Every operator on the same data, whoever runs it; whole: with all that is optional.
+
+    factor is applied to all that is multiplied in convolutions.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def images(channels: int, height: int, width: int) -> Tensor:
@@ -68,6 +79,8 @@ def run(
     deferred = (g, y, output_affine, output_sums) if whole else (g, None, None, None)
     bn = affine if whole else None
 
+    u, g, weight, tf32 = factor(u), factor(g), factor(weight), {"allow_tf32": allow_tf32}
+    deferred = (g, *deferred[1:])
     results = {
         "bn_stats": operators.bn_stats(u),
         "bn_affine": operators.bn_affine(stats, gamma, beta if whole else None, 1e-5),
@@ -76,16 +89,18 @@ def run(
             addend if whole else None, dh, u, affine, vectors(2, c) if whole else None
         ),
         "preact_conv_wgrad": operators.preact_conv_wgrad(
-            *deferred, u, bn, shape.kernel, *geometry, activation
+            *deferred, u, bn, shape.kernel, *geometry, activation, **tf32
         ),
     }
     pairs = {
         "bn_relu_backward": operators.bn_relu_backward(dh, u, affine, activation, whole),
         "preact_conv_forward": operators.preact_conv_forward(
-            u, bn, weight, residual if whole else None, *geometry, activation, whole
+            u, bn, weight, residual if whole else None, *geometry, activation, whole, **tf32
         ),
         "preact_conv_dgrad": operators.preact_conv_dgrad(
-            *deferred, weight, u, bn, addend if whole else None, *geometry, activation, whole
+            *(*deferred, weight, u, bn, addend if whole else None),
+            *(*geometry, activation, whole),
+            **tf32,
         ),
     }
     for name, (activations, reduced) in pairs.items():

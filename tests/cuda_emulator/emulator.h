@@ -232,3 +232,5 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int thre
 }
 
 }  // namespace preact::cuda
+
+#include "tf32.h"

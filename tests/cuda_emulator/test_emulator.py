@@ -11,7 +11,7 @@ import torch
 from cuda_emulator.build import broken, build
 from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
 from cuda_emulator.emulator import Emulator
-from numerics import assert_rule, make_case
+from numerics import assert_rule, make_case, tf32
 
 from fused_preact import ops, reference
 
@@ -34,6 +34,28 @@ def test_operators_match_reference(emulator, shape, dtype, whole):
         scale = true.abs().max().float().clamp_min(1e-3)
         error = (ours[name].float() - true.float()).abs().max() / scale
         assert error <= TOLERANCES[dtype], f"{name}: {error:.3g}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tf32_rounds_both_factors_to_nearest(emulator, shape):
+    """Against the reference on factors rounded before, within float32's own tolerance.
+
+    And, with BatchNorm on both sides, against exact factors: they are kept to TF32's 11 significant
+    bits, which are float16's as well.
+    """
+    bare, whole = (
+        run(emulator.operators, shape, torch.float32, "relu", whole, allow_tf32=True)
+        for whole in (False, True)
+    )
+    rounded = run(reference, shape, torch.float32, "relu", False, factor=tf32)
+    exact = run(reference, shape, torch.float32, "relu", True)
+    for name in ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad"):
+        for ours, true, tolerance in (
+            (bare[name], rounded[name], TOLERANCES[torch.float32]),
+            (whole[name], exact[name], TOLERANCES[torch.float16]),
+        ):
+            error = (ours - true).abs().max() / true.abs().max().clamp_min(1e-3)
+            assert error <= tolerance, f"{name}: {error:.3g}"
 
 
 CONV3 = (16, (3, 3), (1, 1), (1, 1, 1, 1))
@@ -63,7 +85,16 @@ def test_units_keep_the_tolerance_rule(emulator, monkeypatch, unit, dtype):
     if dtype != torch.float32 and "1e4" in unit:
         pytest.skip("a mean that 16 bits cannot hold")
     monkeypatch.setattr(ops, "plan", lambda *_: emulator.operators)
+    monkeypatch.setattr(ops, "allow_tf32", lambda: False)
     assert_rule(make_case(dtype, **UNITS[unit]), dtype)
+
+
+@pytest.mark.skipif(SANITIZED, reason="the operators are enough")
+@pytest.mark.parametrize("unit", UNITS)
+def test_units_keep_the_tolerance_rule_in_tf32(emulator, monkeypatch, unit):
+    """Likewise where PyTorch allows TF32, its default."""
+    monkeypatch.setattr(ops, "plan", lambda *_: emulator.operators)
+    assert_rule(make_case(torch.float32, **UNITS[unit]), torch.float32, allow_tf32=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES[4:9], ids=str)

@@ -80,12 +80,16 @@ def test_operators_match_reference(shape, dtype, whole):
             assert error <= TOLERANCES[dtype] * true.abs().max().float().clamp_min(1e-3), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype,allow_tf32",
+    [*((dtype, False) for dtype in DTYPES), (torch.float32, True)],
+    ids=[*map(str, DTYPES), "tf32"],
+)
 @pytest.mark.parametrize("unit", UNITS)
-def test_units_keep_the_tolerance_rule(unit, dtype):
-    torch.backends.cudnn.allow_tf32 = False
+def test_units_keep_the_tolerance_rule(unit, dtype, allow_tf32):
+    torch.backends.cudnn.allow_tf32 = allow_tf32
     with fused_preact.backend("cuda"):
-        assert_rule(on_gpu(make_case(dtype, **UNITS[unit])), dtype)
+        assert_rule(on_gpu(make_case(dtype, **UNITS[unit])), dtype, allow_tf32=allow_tf32)
 
 
 @pytest.fixture

@@ -81,19 +81,19 @@ def _cuobjdump(option: str, cubin: Path) -> str:
     return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
-def convolution(dtype, shape, channels, kernel_size, stride, padding, activation="relu"):
+def convolution(dtype, shape, channels, kernel_size, stride, padding, *, allow_tf32=True):
     """Forward and backward of one convolution, each as with everything that it can have."""
     op = fused_preact.triton
     input = torch.ones(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(channels, shape[1], *kernel_size, dtype=dtype)
     affine, output_affine = torch.ones(4, shape[1]), torch.ones(4, channels)
-    geometry = list(stride), list(padding), [1, 1], 1
-    output, _ = op.preact_conv_forward(input, affine, weight, None, *geometry, activation, False)
-    op.preact_conv_forward(input, affine, weight, output, *geometry, activation, True)
+    rest = list(stride), list(padding), [1, 1], 1, "relu"
+    output, _ = op.preact_conv_forward(input, affine, weight, None, *rest, False, allow_tf32)
+    op.preact_conv_forward(input, affine, weight, output, *rest, True, allow_tf32)
     deferred = output, output, output_affine, torch.ones(2, channels)
     for grad in deferred, (output, None, None, None):
-        op.preact_conv_dgrad(*grad, weight, input, affine, input, *geometry, activation, True)
-        op.preact_conv_wgrad(*grad, input, affine, list(kernel_size), *geometry, activation)
+        op.preact_conv_dgrad(*grad, weight, input, affine, input, *rest, True, allow_tf32)
+        op.preact_conv_wgrad(*grad, input, affine, list(kernel_size), *rest, allow_tf32)
 
 
 def pointwise(dtype, shape):

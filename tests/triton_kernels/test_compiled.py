@@ -37,7 +37,7 @@ CASES += [("sm_80", name) for name in list(CONVOLUTIONS)[3:]]
 def test_convolutions(target, name, tmp_path):
     """Matrix instructions of the architecture, no spills, no more shared memory than there is.
 
-    float32 is in TF32, as PyTorch's convolutions have it by default, and so uses them as well.
+    float32 is in TF32, as PyTorch allows by default, and so uses them as well.
     """
     with compiling(target) as kernels:
         convolution(*CONVOLUTIONS[name])
@@ -59,11 +59,10 @@ def test_other_operators(target, dtype, tmp_path):
         assert machine.shared <= SHARED_MEMORY[target], machine.name
 
 
-def test_exact_float32(tmp_path, monkeypatch):
-    """Where PyTorch's convolutions are told not to use TF32, no kernel does."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_exact_float32(tmp_path):
+    """Where TF32 is not allowed, no kernel uses it."""
     with compiling("sm_90") as kernels:
-        convolution(*CONVOLUTIONS["3x3 float32"])
+        convolution(*CONVOLUTIONS["3x3 float32"], allow_tf32=False)
     for machine in (Machine("sm_90", kernel, tmp_path) for kernel in kernels):
         assert not machine.multiplies_with("HG?MMA"), machine.name
         assert machine.spilled == 0, machine.name
