@@ -83,6 +83,19 @@ void bn_affine(Dtype accumulator, int64_t channels,
                double eps,
                void* affine);  // [4, C]
 
+// A BatchNorm's running statistics and those of a batch of M values a channel.
+struct RunningStats {
+  Dtype dtype;                      // of mean and var
+  int64_t channels;                 // C
+  void *mean, *var;                 // [C]
+  int64_t mean_stride, var_stride;  // in elements
+  const void* stats;                // [2, C]
+  double momentum;
+  double unbiased;  // M / (M - 1), for var
+};
+// Moves each towards its batch, one after the other.
+void bn_update_running(Dtype accumulator, int64_t count, const RunningStats* updates);
+
 void bn_relu_forward(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
                      Activation activation,
                      const void* input,   // [N, H, W, C]
@@ -163,6 +176,8 @@ void bn_stats(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape, 
               void* stats);
 void bn_affine(const CudaRuntime& runtime, Dtype accumulator, int64_t channels, const void* stats,
                const void* weight, const void* bias, double eps, void* affine);
+void bn_update_running(const CudaRuntime& runtime, Dtype accumulator, int64_t count,
+                       const RunningStats* updates);
 void bn_relu_forward(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,
                      Activation activation, const void* input, const void* affine, void* output);
 void bn_relu_backward(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,

@@ -119,7 +119,7 @@ def bn_relu(
     config = _BnReluConfig(operators, activation, bn.training, bn.eps)
     parameters = _with_grad_fn(bn.weight), _with_grad_fn(bn.bias)
     output = _BnRelu.apply(_with_grad_fn(input), config, stats, *parameters)
-    _update_running(bn, stats, _values_per_channel(input.shape))
+    _update_running(operators, [bn], [stats], [_values_per_channel(input.shape)])
     return output
 
 
@@ -193,11 +193,11 @@ def preact_unit(
     output, *stats = _PreActUnit.apply(
         _with_grad_fn(input), _with_grad_fn(residual), config, projection_weight, *tensors
     )
-    shape: Sequence[int] = input.shape
-    for bn, conv, batch_stats in zip(bns, convs, [given[0], *stats], strict=False):
-        if bn is not None:
-            _update_running(bn, batch_stats, _values_per_channel(shape))
-        shape = _conv_shape(shape, conv)
+    shapes: list[Sequence[int]] = [input.shape]
+    for conv in convs[:-1]:
+        shapes.append(_conv_shape(shapes[-1], conv))
+    counts = [_values_per_channel(shape) for shape in shapes]
+    _update_running(operators, bns, [given[0], *stats[:-1]], counts)
     if config.hands_on:
         _hand_on(output, stats[-1])
     return output
@@ -478,13 +478,20 @@ def _running_statistics(dtype: torch.dtype, bn: BatchNorm) -> Tensor:
 
 
 @torch.no_grad()
-def _update_running(bn: BatchNorm, stats: Tensor | None, count: int) -> None:
-    if not bn.training or bn.running_mean is None or bn.running_var is None:
-        return
-    assert stats is not None
-    mean, var = stats.to(bn.running_mean.dtype)
-    bn.running_mean.lerp_(mean, bn.momentum)
-    bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+def _update_running(
+    operators: Any,
+    bns: Sequence[BatchNorm | None],
+    stats: Sequence[Tensor | None],
+    counts: Sequence[int],
+) -> None:
+    """By the batch statistics, each of so many values a channel, in one launch."""
+    updates = [
+        (bn.running_mean, bn.running_var, batch, bn.momentum, count)
+        for bn, batch, count in zip(bns, stats, counts, strict=True)
+        if bn is not None and bn.training and bn.running_mean is not None
+    ]
+    if updates:
+        operators.bn_update_running(*map(list, zip(*updates, strict=True)))
 
 
 # --- the eager layers ----------------------------------------------------------------------------

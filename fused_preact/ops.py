@@ -1,8 +1,8 @@
 """The operators and the planner that chooses who runs them.
 
-Every backend is a namespace that holds the same eight functions, with the signatures of
-reference.py: bn_stats, bn_affine, bn_relu_forward, bn_relu_backward, preact_conv_forward,
-preact_conv_dgrad, preact_conv_wgrad, residual_grad.
+Every backend is a namespace that holds the same nine functions, with the signatures of
+reference.py: bn_stats, bn_affine, bn_update_running, bn_relu_forward, bn_relu_backward,
+preact_conv_forward, preact_conv_dgrad, preact_conv_wgrad, residual_grad.
 
     reference   plain PyTorch, every device and dtype
     cpu         torch.ops.fused_preact on CPU tensors: the C++ kernels of csrc/cpu
@@ -262,6 +262,11 @@ def _(input):
 @_fake("bn_affine")
 def _(stats, weight, bias, eps):
     return stats.new_empty((4, stats.shape[1]))
+
+
+@_fake("bn_update_running")
+def _(running_mean, running_var, stats, momentum, counts):
+    return None
 
 
 @_fake("bn_relu_forward")

@@ -41,6 +41,26 @@ def bn_affine(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     return torch.stack((mean, rstd, scale, shift))
 
 
+def bn_update_running(
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    stats: list[Tensor],
+    momentum: list[float],
+    counts: list[int],
+) -> None:
+    """Moves running statistics, each (C,) of any dtype, towards those of a batch, (2, C), in place.
+
+    By momentum of the way; the variance of counts values a channel is made unbiased. One after the
+    other, so that a BatchNorm may come twice.
+    """
+    for mean, var, batch, step, count in zip(
+        running_mean, running_var, stats, momentum, counts, strict=True
+    ):
+        batch_mean, batch_var = batch.to(mean.dtype)
+        mean.lerp_(batch_mean, step)
+        var.lerp_(batch_var * (count / (count - 1)), step)
+
+
 def bn_relu_forward(input: Tensor, affine: Tensor, activation: str) -> Tensor:
     """h = act(scale * (u - mean) + shift), in input's dtype."""
     return _channels_last(_activate(_normalise(input, affine), activation).to(input.dtype))

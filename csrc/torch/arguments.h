@@ -69,6 +69,13 @@ Dtype dtype_of(const Tensor& input) {
   throw std::invalid_argument(std::string("input: expected ") + Device::kDtypes);
 }
 
+// Running statistics may be kept in a dtype that no activation has here: float64 on a GPU.
+template <class Device>
+Dtype running_dtype(const Tensor& running_mean) {
+  if (running_mean.scalar_type() == ScalarType::Double) return Dtype::kFloat64;
+  return dtype_of<Device>(running_mean);
+}
+
 inline ScalarType accumulator_of(const Tensor& input) {
   return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

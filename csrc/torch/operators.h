@@ -18,6 +18,11 @@ inline void bn_affine(const Runtime&, Dtype accumulator, int64_t channels, const
   bn_affine(accumulator, channels, stats, weight, bias, eps, affine);
 }
 
+inline void bn_update_running(const Runtime&, Dtype accumulator, int64_t count,
+                              const RunningStats* updates) {
+  bn_update_running(accumulator, count, updates);
+}
+
 template <class Device>
 struct Operators {
   static Tensor bn_stats(const Tensor& input) {
@@ -48,6 +53,35 @@ struct Operators {
     preact::bn_affine(device.runtime(), dtype, sizes[1], data(s), data(w), data(b), eps,
                       mutable_data(affine));
     return affine;
+  }
+
+  static void bn_update_running(std::vector<Tensor> running_mean, std::vector<Tensor> running_var,
+                                std::vector<Tensor> stats, std::vector<double> momentum,
+                                Sizes counts) {
+    const size_t n = stats.size();
+    check(running_mean.size() == n && running_var.size() == n && momentum.size() == n &&
+              counts.size() == n,
+          "running_mean, running_var, stats, momentum, counts: expected as many of each");
+    if (n == 0) return;
+    const Dtype accumulator = dtype_of<Device>(stats[0]);
+    std::vector<Tensor> batch;
+    std::vector<RunningStats> updates;
+    for (size_t i = 0; i < n; ++i) {
+      const Tensor &mean = running_mean[i], &var = running_var[i];
+      check(mean.dim() == 1, "running_mean: expected shape (C,), got ", text(sizes_of(mean)));
+      const int64_t channels = mean.size(0);
+      check_shape("running_var", var, {channels});
+      check_dtype("running_var", var, mean.scalar_type());
+      check(counts[i] > 1, "counts: expected more than 1 value per channel, got ", counts[i]);
+      batch.push_back(vectors("stats", stats[i], stats[0], 2, channels));
+      const double count = static_cast<double>(counts[i]);
+      updates.push_back({running_dtype<Device>(mean), channels, mean.mutable_data_ptr(),
+                         var.mutable_data_ptr(), mean.stride(0), var.stride(0), data(batch.back()),
+                         momentum[i], count / (count - 1)});
+    }
+    Device device(stats[0]);
+    preact::bn_update_running(device.runtime(), accumulator, static_cast<int64_t>(n),
+                              updates.data());
   }
 
   static Tensor bn_relu_forward(const Tensor& input, const Tensor& affine,
@@ -174,6 +208,9 @@ template <class Library>
 void define_operators(Library& m) {
   m.def("bn_stats(Tensor input) -> Tensor");
   m.def("bn_affine(Tensor stats, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def(
+      "bn_update_running(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor[] stats, "
+      "float[] momentum, SymInt[] counts) -> ()");
   m.def("bn_relu_forward(Tensor input, Tensor affine, str activation) -> Tensor");
   m.def(
       "bn_relu_backward(Tensor grad, Tensor input, Tensor affine, str activation, bool with_sums) "
@@ -201,6 +238,7 @@ template <class Device, class Library>
 void implement_operators(Library& m) {
   m.impl("bn_stats", TORCH_BOX(&Operators<Device>::bn_stats));
   m.impl("bn_affine", TORCH_BOX(&Operators<Device>::bn_affine));
+  m.impl("bn_update_running", TORCH_BOX(&Operators<Device>::bn_update_running));
   m.impl("bn_relu_forward", TORCH_BOX(&Operators<Device>::bn_relu_forward));
   m.impl("bn_relu_backward", TORCH_BOX(&Operators<Device>::bn_relu_backward));
   m.impl("preact_conv_forward", TORCH_BOX(&Operators<Device>::preact_conv_forward));

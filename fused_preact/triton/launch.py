@@ -1,6 +1,6 @@
 """From a call of torch.ops.fused_preact_triton.* to launched kernels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,19 +14,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def operator(function: Callable[..., Any]) -> Any:
+def operator(function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Any:
     """Registers function under its own name, for the device of its first tensor; returns the op."""
 
     def on_device(*args: Any) -> Any:
-        first = next(arg for arg in args if isinstance(arg, Tensor))
+        first = next(arg for arg in _flat(args) if isinstance(arg, Tensor))
         with torch.cuda.device_of(first):
             return function(*args)
 
     name = function.__name__
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=mutates_args)
     _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, on_device, "CompositeExplicitAutograd")
     return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def _flat(args: Iterable[Any]) -> Iterator[Any]:
+    for arg in args:
+        yield from arg if isinstance(arg, list | tuple) else (arg,)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -58,6 +58,27 @@ def test_tf32_rounds_both_factors_to_nearest(emulator, shape):
             assert error <= tolerance, f"{name}: {error:.3g}"
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_running_statistics_match_reference(emulator, dtype):
+    """More than one launch has room for, one of them twice, every second number of a vector.
+
+    Within two roundings of their dtype, one for the reference's own.
+    """
+    tensors = [torch.randn(2, 5 + 70 * i, 2).to(dtype) for i in range(18)]
+    stats = [torch.rand(2, tensor.shape[1]) for tensor in [*tensors, tensors[2]]]
+    rest = [0.1] * 10 + [0.75] * 9, [2 + i for i in range(19)]
+
+    def updated(operators):
+        running = [tensor.clone() for tensor in tensors]
+        mean, var = ([tensor[i, :, 0] for tensor in [*running, running[2]]] for i in (0, 1))
+        operators.bn_update_running(mean, var, stats, *rest)
+        return running
+
+    eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+    for ours, true in zip(updated(emulator.operators), updated(reference), strict=True):
+        torch.testing.assert_close(ours, true, rtol=2 * eps, atol=8 * eps)
+
+
 CONV3 = (16, (3, 3), (1, 1), (1, 1, 1, 1))
 UNITS = {
     "bn_relu": {"shape": (2, 24, 5, 7)},

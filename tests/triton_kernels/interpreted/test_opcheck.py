@@ -21,6 +21,7 @@ def test_operators(deferred):
     calls = {
         "bn_stats": (o.input,),
         "bn_affine": (stats, vector, vector, 1e-5),
+        "bn_update_running": ([stats[0]], [stats[1]], [stats.clone()], [0.1], [9]),
         "bn_relu_forward": (o.input, o.affine, "silu"),
         "bn_relu_backward": (o.addend, o.input, o.affine, "silu", all_given),
         "preact_conv_forward": (o.input, affine, o.weight, residual, *geometry, "relu", all_given),
