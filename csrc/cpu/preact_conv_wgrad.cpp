@@ -10,8 +10,8 @@
 namespace preact {
 namespace {
 
-constexpr int64_t kPartialBytes = 32 << 20;  // of all parts' dW together, where they are large
 constexpr int64_t kFewestParts = 8, kMostWgradParts = 32;
+constexpr int64_t kSumChunk = 256, kSquare = 16;
 constexpr int64_t kProductRows = 128, kProductColumns = 256;  // of one matrix product
 constexpr int64_t kGroupBytes = 512 * 1024;  // of operands that are there for each block of dW
 
@@ -43,8 +43,9 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
 
   const int64_t row_bytes =
       std::max(window.width * c * window.step_height, pitch * k) * static_cast<int64_t>(sizeof(O));
-  const int64_t most_parts = std::clamp<int64_t>(
-      kPartialBytes / (size * static_cast<int64_t>(sizeof(A))), kFewestParts, kMostWgradParts);
+  // so many that all their dW are no more than the operands
+  const int64_t values = shape.input.pixels() * c + shape.output.pixels() * k;
+  const int64_t most_parts = std::clamp(values / size, kFewestParts, kMostWgradParts);
   const Bands bands(shape.output, kCacheBytes / row_bytes, most_parts);
   // [parts][R, S, product_rows, product_columns]
   A* const partial = buffer<A>(Buffer::kWeight, bands.parts.parts * size);
@@ -142,19 +143,25 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
     }
   });
 
-  // the parts' sum, in order, into the first; then each value to its place in dW
-  const Parts chunks(ceil_div(size, kProductColumns), kMostParts);
+  // the parts' sum, in order, into the first
+  const Parts chunks(ceil_div(size, kSumChunk), kMostParts);
   parallel_for(runtime, chunks.parts, [&](int64_t chunk) {
-    const int64_t begin = chunks.begin(chunk) * kProductColumns;
-    const int64_t end = std::min(size, chunks.end(chunk) * kProductColumns);
+    const int64_t begin = chunks.begin(chunk) * kSumChunk;
+    const int64_t end = std::min(size, chunks.end(chunk) * kSumChunk);
     for (int64_t j = 1; j < bands.parts.parts; ++j)
       sum_rows(partial + j * size + begin, 1, end - begin, partial + begin);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = i % product_columns, row = i / product_columns % product_rows;
-      const int64_t tap = i / (product_columns * product_rows);
-      const int64_t output = transposes_h ? column : row, source = transposes_h ? row : column;
-      static_cast<A*>(op.dweight)[(output * c + source) * r * s + tap] = partial[i];
-    }
+  });
+  // each value to its place in dW, by squares of output and source channels that stay in cache
+  const int64_t stride_k = transposes_h ? 1 : product_columns;
+  const int64_t stride_c = transposes_h ? product_columns : 1;
+  const int64_t across = ceil_div(c, kSquare), squares = ceil_div(k, kSquare) * across;
+  parallel_for(runtime, squares, [&](int64_t square) {
+    const int64_t first_k = square / across * kSquare, first_c = square % across * kSquare;
+    for (int64_t i = first_k; i < std::min(k, first_k + kSquare); ++i)
+      for (int64_t j = first_c; j < std::min(c, first_c + kSquare); ++j)
+        for (int64_t tap = 0; tap < r * s; ++tap)
+          static_cast<A*>(op.dweight)[(i * c + j) * r * s + tap] =
+              partial[tap * k * c + i * stride_k + j * stride_c];
   });
 }
 
