@@ -31,14 +31,15 @@ inline ConvShape flattened(ConvShape shape) {
   return shape;
 }
 
-// Rows of each image in bands of at most `most` rows; the split depends on the shape alone.
+// Rows of each image in bands of at most `most` rows; the split depends on the shape alone. Each
+// band reads `weight_bytes`: where they do not fit the cache, bands are as large as they may be.
 struct Bands {
   int64_t rows, rows_per_band, per_image;
   Parts parts;
 
-  Bands(const ImageShape& image, int64_t most, int64_t most_parts)
+  Bands(const ImageShape& image, int64_t most, int64_t most_parts, int64_t weight_bytes)
       : rows(image.height),
-        rows_per_band(ceil_div(rows, bands_wanted(image, most))),
+        rows_per_band(ceil_div(rows, bands_wanted(image, most, weight_bytes))),
         per_image(ceil_div(rows, rows_per_band)),
         parts(image.images * per_image, most_parts) {}
 
@@ -47,8 +48,9 @@ struct Bands {
   int64_t end_row(int64_t band) const { return std::min(rows, first_row(band) + rows_per_band); }
 
  private:
-  static int64_t bands_wanted(const ImageShape& image, int64_t most) {
+  static int64_t bands_wanted(const ImageShape& image, int64_t most, int64_t weight_bytes) {
     const int64_t fewest = ceil_div(image.height, std::clamp<int64_t>(most, 1, image.height));
+    if (weight_bytes > kCacheBytes) return fewest;
     const int64_t to_share = ceil_div(kFewestBands, image.images);
     const int64_t sensible = std::max<int64_t>(image.height * image.width / kFewestPixels, 1);
     return std::clamp(std::min(to_share, sensible), fewest, image.height);

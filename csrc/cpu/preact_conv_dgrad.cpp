@@ -79,7 +79,8 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
 
   const int64_t row_bytes =
       std::max<int64_t>(source_width, 1) * k * static_cast<int64_t>(sizeof(O));
-  const Bands bands(shape.input, kCacheBytes * stride_h / row_bytes, kMostParts);
+  const int64_t weight_bytes = r * s * k * c * static_cast<int64_t>(sizeof(O));
+  const Bands bands(shape.input, kCacheBytes * stride_h / row_bytes, kMostParts, weight_bytes);
   const bool joined = stride_h == 1 && stride_w == 1 && rows_join(source_width, width, s * k * c);
   const int64_t pitch = joined ? source_width : width;  // of a tile's rows
   const int64_t tile_rows = std::clamp<int64_t>(

@@ -26,7 +26,8 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   });
 
   const int64_t row_bytes = window.width * c * window.step_height * static_cast<int64_t>(sizeof(O));
-  const Bands bands(shape.output, kCacheBytes / row_bytes, kMostParts);
+  const int64_t weight_bytes = r * run_length * k * static_cast<int64_t>(sizeof(O));
+  const Bands bands(shape.output, kCacheBytes / row_bytes, kMostParts, weight_bytes);
   const bool joined = window.step_height == 1 && window.step_width == 1 &&
                       rows_join(window.width, q, run_length * k);
   const int64_t pitch = joined ? window.width : q;  // of a tile's rows

@@ -46,7 +46,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   // so many that all their dW are no more than the operands
   const int64_t values = shape.input.pixels() * c + shape.output.pixels() * k;
   const int64_t most_parts = std::clamp(values / size, kFewestParts, kMostWgradParts);
-  const Bands bands(shape.output, kCacheBytes / row_bytes, most_parts);
+  const Bands bands(shape.output, kCacheBytes / row_bytes, most_parts, 0);
   // [parts][R, S, product_rows, product_columns]
   A* const partial = buffer<A>(Buffer::kWeight, bands.parts.parts * size);
 
