@@ -166,8 +166,10 @@ def preact_unit(
         operators,
         activation,
         shortcut,
-        tuple(conv.geometry for conv in convs),
-        None if projection is None else projection.geometry,
+        tuple(
+            ops.plan_conv(operators, conv.weight, conv.dilation, conv.groups) for conv in all_convs
+        ),
+        tuple(conv.geometry for conv in all_convs),
         tuple(None if bn is None else bn.eps for bn in bns),
         tuple(bn is not None and bn.training for bn in bns),
         any(bn is not None and bn.training for bn in bns) and not torch.compiler.is_compiling(),
@@ -210,8 +212,9 @@ class _UnitConfig(NamedTuple):
     operators: Any  # the backend's namespace, ops.plan
     activation: str
     shortcut: str | None
-    geometries: tuple[Any, ...]  # per convolution: stride, padding, dilation, groups
-    projection: tuple[Any, ...] | None  # likewise
+    # per convolution, the projection last
+    convs: tuple[Any, ...]  # the namespace that has its three operators, ops.plan_conv
+    geometries: tuple[Any, ...]  # stride, padding, dilation, groups
     eps: tuple[float | None, ...]  # per BatchNorm, None where there is none
     batch_stats: tuple[bool, ...]  # per BatchNorm
     hands_on: bool  # take the output's statistics for the unit that follows
@@ -242,7 +245,7 @@ class _PreActUnit(Function):
             affines.append(affine)
             if i == last and config.shortcut is not None:
                 residual = _shortcut(config, input, affines[0], projection)
-            u, stats = op.preact_conv_forward(
+            u, stats = config.convs[i].preact_conv_forward(
                 u,
                 affine,
                 weight.to(input.dtype),
@@ -282,7 +285,7 @@ class _PreActUnit(Function):
         for i in reversed(range(n)):
             needs_weight, needs_gamma, needs_beta = needs[4 * i : 4 * i + 3]
             if needs_weight:
-                grads[4 * i] = op.preact_conv_wgrad(
+                grads[4 * i] = config.convs[i].preact_conv_wgrad(
                     *deferred,
                     inputs[i],
                     affines[i],
@@ -293,7 +296,7 @@ class _PreActUnit(Function):
                 )
             if not (needs_input or any(needs[: 4 * i]) or needs_gamma or needs_beta):
                 break
-            g, sums = op.preact_conv_dgrad(
+            g, sums = config.convs[i].preact_conv_dgrad(
                 *deferred,
                 weights[i].to(input.dtype),
                 inputs[i],
@@ -316,7 +319,7 @@ class _PreActUnit(Function):
                 to_input = None if joins_h else to_shortcut
                 dx = op.residual_grad(to_input, g, input, affine, sums)
         if needs_projection:
-            dw_projection = op.preact_conv_wgrad(
+            dw_projection = config.convs[-1].preact_conv_wgrad(
                 dy,
                 None,
                 None,
@@ -324,7 +327,7 @@ class _PreActUnit(Function):
                 input,
                 affine if config.shortcut == "preact" else None,
                 projection.shape[2:],
-                *config.projection,
+                *config.geometries[-1],
                 config.activation,
                 config.allow_tf32,
             )
@@ -336,12 +339,12 @@ def _shortcut(config, input, affine, projection):
     affine = affine if config.shortcut == "preact" else None
     if projection is not None:
         weight = projection.to(input.dtype)
-        return op.preact_conv_forward(
+        return config.convs[-1].preact_conv_forward(
             input,
             affine,
             weight,
             None,
-            *config.projection,
+            *config.geometries[-1],
             config.activation,
             False,
             config.allow_tf32,
@@ -353,7 +356,7 @@ def _shortcut_grad(config, dy, input, projection):
     if projection is None:
         return dy
     weight = projection.to(input.dtype)
-    return config.operators.preact_conv_dgrad(
+    return config.convs[-1].preact_conv_dgrad(
         dy,
         None,
         None,
@@ -362,7 +365,7 @@ def _shortcut_grad(config, dy, input, projection):
         input,
         None,
         None,
-        *config.projection,
+        *config.geometries[-1],
         config.activation,
         False,
         config.allow_tf32,

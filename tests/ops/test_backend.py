@@ -31,7 +31,7 @@ def test_status_lists_all_backends():
     """Every name has a status; what always runs has no reason against it."""
     status = ops.backend_status()
     assert tuple(status) == ops.BACKENDS
-    assert all(status[name] is None for name in ("auto", "eager", "reference", "cpu"))
+    assert all(status[name] is None for name in ("auto", "composed", "eager", "reference", "cpu"))
 
 
 def test_unknown_backend(without_cuda):
@@ -40,7 +40,7 @@ def test_unknown_backend(without_cuda):
         pass
     message = str(error.value)
     assert message.startswith(
-        "backend: 'opencl' is unknown; there are: auto, eager, reference, cpu"
+        "backend: 'opencl' is unknown; there are: auto, composed, eager, reference, cpu"
     )
     assert "cuda (no GPU here)" in message
 

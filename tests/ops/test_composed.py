@@ -1,0 +1,104 @@
+"""PyTorch's convolution between pointwise kernels, and when the planner takes it."""
+
+import warnings
+
+import pytest
+import torch
+from numerics import assert_operator_rule, assert_rule, eager, fused, make_case, run
+from operands import DEFERRED, DTYPES, GEOMETRIES, NONE, ONE, SAME, X3, operands
+
+import fused_preact
+from fused_preact import ops, reference
+from fused_preact.composed import Composed
+
+BOTTLENECK = [(8, ONE, ONE, NONE), (8, X3, ONE, SAME), (16, ONE, ONE, NONE)]
+PROJECTION = {"shortcut": "preact", "projection": (16, ONE, ONE, NONE)}
+
+
+@pytest.fixture
+def composed():
+    return Composed(torch.ops.fused_preact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(name, dtype, composed):
+    """The tolerance rule for the three operators; options change from one to the next."""
+    i = list(GEOMETRIES).index(name)
+    o = operands(dtype, *GEOMETRIES[name], deferred=DEFERRED[i % 3])
+    activation = "silu" if i % 2 else "relu"
+    residual, addend = (o.residual if i % 3 else None), (o.addend if i % 4 > 1 else None)
+    affine = o.affine if i % 5 else None
+    rest = *o.geometry, activation
+    forward = o.input, affine, o.weight, residual, *rest, False
+    dgrad = o.grad, *o.deferred, o.weight, o.input, affine, addend, *rest, True
+    wgrad = o.grad, *o.deferred, o.input, affine, list(o.weight.shape[2:]), *rest
+    assert_operator_rule(composed, "preact_conv_forward", dtype, *forward)
+    assert_operator_rule(composed, "preact_conv_dgrad", dtype, *dgrad)
+    assert_operator_rule(composed, "preact_conv_wgrad", dtype, *wgrad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_unit(training, dtype):
+    """A unit of composed convolutions keeps the rule, statistics handed from one to the next.
+
+    Not channel by channel, for the reason in test_preact_unit.
+    """
+    case = make_case(dtype, (4, 16, 8, 7), BOTTLENECK, training=training, **PROJECTION)
+    with fused_preact.backend("composed"):
+        assert_rule(case, dtype, by_channel=False)
+
+
+@pytest.mark.parametrize("options", [{"dilation": (2, 2)}, {"groups": 2}], ids=str)
+def test_general_convolutions(options):
+    """What no kernel does is composed under "auto": the rule, and nothing to warn of."""
+    case = make_case(torch.float32, convs=[(8, X3, ONE, SAME)])
+    (conv,) = case.convs
+    weight = conv.weight[:, :: options.get("groups", 1)].contiguous()
+    case.convs = [conv._replace(weight=weight, **options)]
+    case.grad_output = torch.randn(eager(case.to(torch.float64)).shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_rule(case, torch.float32)
+
+
+@pytest.fixture
+def wide_from_nine_taps(monkeypatch):
+    """The 3x3 convolutions of BOTTLENECK count as wide, its 1x1 do not."""
+    monkeypatch.setattr(ops, "_COMPOSED_FROM", {"cpu": 8 * 8 * 9})
+
+
+def test_plan_by_width(wide_from_nine_taps, called):
+    """A unit takes each convolution from where it is faster, backward like forward."""
+    case = make_case(torch.float32, (4, 16, 8, 7), BOTTLENECK, **PROJECTION)
+    assert_rule(case, torch.float32)
+    case = case.to(torch.float32)
+    called.clear()
+    output = fused(case)
+    assert called.count("preact_conv_forward") == 3  # two 1x1 and the projection
+    called.clear()
+    output.backward(case.grad_output)
+    assert called.count("preact_conv_dgrad") == called.count("preact_conv_wgrad") == 3
+
+
+def test_forced_kernels_stay(wide_from_nine_taps, called):
+    """Who asks for a backend gets its kernels, whatever the width."""
+    case = make_case(torch.float32, (4, 16, 8, 7), BOTTLENECK, **PROJECTION).to(torch.float32)
+    with fused_preact.backend("cpu"):
+        fused(case)
+    assert called.count("preact_conv_forward") == 4
+
+
+def test_compiled(wide_from_nine_taps, compiled):
+    """No graph break, the same bits."""
+    case = make_case(torch.float32, (4, 16, 8, 7), BOTTLENECK, **PROJECTION)
+    expected = run(case, torch.float32, fused)
+    results = run(case, torch.float32, compiled(fused))
+    for name, value in expected.items():
+        assert torch.equal(results[name], value), name
+
+
+def test_reference_is_never_composed():
+    """Whose every device and dtype is the point."""
+    assert ops.plan_conv(reference, torch.empty(1024, 1024, 3, 3), (2, 2), 2) is reference
