@@ -402,8 +402,8 @@ PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, cons
         if constexpr (kATransposed) {
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            a[m][i] =
-                __float_as_uint(widen(*a_at(16 * m + row + i % 2 * 8, k + column + i / 2 * 4)));
+            a[m][i] = __float_as_uint(
+                widen(load_shared(a_at(16 * m + row + i % 2 * 8, k + column + i / 2 * 4))));
         } else {
           load_matrices(a[m], a_at(16 * m + lane % 16, k + lane / 16 * 4));
         }
@@ -417,7 +417,8 @@ PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, cons
         if constexpr (kBTransposed) {
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            b[i] = __float_as_uint(widen(*b_at(8 * n + row + i / 2 * 8, k + column + i % 2 * 4)));
+            b[i] = __float_as_uint(
+                widen(load_shared(b_at(8 * n + row + i / 2 * 8, k + column + i % 2 * 4))));
         } else {
           load_matrices(b, b_at(8 * n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 4));
         }

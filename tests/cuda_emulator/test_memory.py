@@ -231,7 +231,9 @@ def test_uncoalesced_and_repeated_reads_are_found(emulator, tmp_path):
 
 def test_bank_conflicts_are_found(emulator, tmp_path):
     """preact_conv_forward whose shared rows lie 64 bytes apart: all that touches them."""
-    before = "return columns + 16 / static_cast<int>(sizeof(T));"
+    before = (
+        "return columns + (transposed && sizeof(T) == 4 ? 32 : 16) / static_cast<int>(sizeof(T));"
+    )
     cuda = broken(tmp_path, "preact_conv_forward.cu", before, "return columns;", "conv.cuh")
     library = build(tmp_path / "build", "preact_banks", cuda=cuda, reuse=emulator.library.parent)
     arguments = Layer(torch.bfloat16, 64, 64, 1).calls()["preact_conv_forward"]
