@@ -99,10 +99,11 @@ class Case:
             loss = output.to(exact).square().mean()
             if self.passes == "attack":
                 return [output.detach(), *torch.autograd.grad(loss, images)]
-            model.zero_grad(set_to_none=True)
             loss.backward()
             leaves = [images, *model.parameters()]
-            return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+            grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            model.zero_grad(set_to_none=True)  # each step starts without, so that its peak has them
+            return [output.detach(), *grads]
 
         if contender.captured:
             step = captured(step, batch[0])

@@ -11,8 +11,10 @@ import torch
 from cases import Case
 from check import AnyCase, check, comparable, errors
 from contenders import EAGER, REFERENCE, Contender
+from graphs import launches
 from malloc import keep_freed_memory
 from measure import Measured, Traffic, alternate, ratios
+from memory import Peaks, saved_bytes
 
 ROUNDS_SECONDS = {"operator": 1.0, "unit": 4.0, "step": 8.0, "attack": 8.0, "depth": 8.0}
 
@@ -42,8 +44,8 @@ def device() -> torch.device:
 class Measurements:
     """What has been measured so far, each case once with all its contenders side by side."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, peaks: Peaks) -> None:
+        self.device, self.peaks = device, peaks
         self.bandwidth = machine.copy_bandwidth(device)
         self.rates = {t: machine.matmul_rate(device, t) for t in (torch.float32, torch.bfloat16)}
         self.rows: list[dict[str, Any]] = []
@@ -80,8 +82,14 @@ class Measurements:
         ours = next(c for c in contenders if c.ours and not c.captured)
         with Traffic(self.bandwidth, self.rates[dtype]) as traffic:
             steps[ours.name](0)
-        seconds = ROUNDS_SECONDS[case.group]
-        return alternate(steps, self.device, seconds) | left_out, traffic
+        measured = alternate(steps, self.device, ROUNDS_SECONDS[case.group])
+        for contender in contenders:
+            if contender.name in steps:
+                own, step = measured[contender.name], steps[contender.name]
+                own.peak_bytes = self.peaks.of(case, contender, dtype, step)
+                own.saved_bytes = saved_bytes(step)
+                own.launches = launches(step) if self.device.type == "cuda" else None
+        return measured | left_out, traffic
 
     def _truth(
         self, case: AnyCase, dtype: torch.dtype, definition: Contender
@@ -95,8 +103,9 @@ class Measurements:
 
 @pytest.fixture(scope="session")
 def measurements(request, device):
-    measured = Measurements(device)
-    yield measured
+    with Peaks(device) as peaks:
+        measured = Measurements(device, peaks)
+        yield measured
     path = request.config.getoption("--results")
     if path is None or not measured.rows:
         return

@@ -1,37 +1,29 @@
-"""glibc's malloc as a training process would set it: freed memory is kept for the next step.
+"""What glibc's malloc does with freed memory; nothing is set where the C library has no mallopt.
 
-By default large blocks are mapped afresh and their pages zeroed at each step. Kept, they cost eager
-fewer page faults, and our ratios have to hold against the better eager.
+By default blocks of many megabytes are mapped afresh at each step and their pages zeroed. Kept,
+they spare eager page faults (a tenth of a bottleneck unit's time), and our ratios have to hold
+against the better eager. A peak, though, is only seen where what was freed is gone.
 """
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT = 2**31 - 1  # bytes, the largest int
-DEFAULT = 128 << 10
+LARGEST = 2**31 - 1
+SMALL = 128 << 10  # glibc's own thresholds, before it adapts them
 
 
 def keep_freed_memory() -> None:
-    """From now on; does nothing where the C library has no mallopt."""
-    _set(M_MMAP_THRESHOLD, KEPT)
-    _set(M_TRIM_THRESHOLD, KEPT)
+    """All blocks come from the heap, which never shrinks."""
+    _set_thresholds(LARGEST)
 
 
-@contextmanager
-def default_malloc() -> Iterator[None]:
-    """Within, freed memory goes back to the system, so that a peak is that of one step."""
-    _set(M_MMAP_THRESHOLD, DEFAULT)
-    _set(M_TRIM_THRESHOLD, DEFAULT)
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed
-    try:
-        yield
-    finally:
-        keep_freed_memory()
+def return_freed_memory() -> None:
+    """Each block from 128 KiB on is mapped by itself, and unmapped when it is freed."""
+    _set_thresholds(SMALL)
 
 
-def _set(parameter: int, value: int) -> None:
+def _set_thresholds(size: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(parameter, value)
+        mallopt(M_MMAP_THRESHOLD, size)
+        mallopt(M_TRIM_THRESHOLD, size)

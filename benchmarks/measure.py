@@ -1,21 +1,16 @@
-"""Times contenders side by side, and counts what a step moves, computes, saves and peaks at.
+"""Times contenders side by side, and counts what a step moves and computes.
 
 Rounds alternate between the contenders, so that a machine's drift hits all alike; what counts is
 the median of the ratios of a round.
 """
 
-import gc
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from graphs import launches
-from machine import synchronize
-from malloc import default_malloc
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -69,10 +64,6 @@ def alternate(
         for name in order:
             seconds = _seconds(contenders[name], device, index, repeats[name])
             measured[name].seconds.append(seconds)
-    for name, step in contenders.items():
-        measured[name].peak_bytes = peak_bytes(step, device)
-        measured[name].saved_bytes = saved_bytes(step)
-        measured[name].launches = launches(step) if device.type == "cuda" else None
     return measured
 
 
@@ -102,47 +93,6 @@ def _seconds(step: Step, device: torch.device, index: int = 0, repeats: int = 1)
 
 def _flush_cache(device: torch.device) -> None:
     torch.empty(256 << 20, dtype=torch.uint8, device=device).zero_()
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """How far a step's memory rises above where it starts."""
-    gc.collect()
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step(0)
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with default_malloc():
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status_bytes("VmRSS")
-        step(0)
-        return max(0, _status_bytes("VmHWM") - before)
-
-
-def saved_bytes(step: Step) -> int:
-    """Bytes that a step's forward pass saves for its backward pass, each storage once."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(0)
-    return sum(saved.values())
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
 # --- the floor -----------------------------------------------------------------------------------
