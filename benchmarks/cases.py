@@ -105,9 +105,14 @@ class Case:
             model.zero_grad(set_to_none=True)  # each step starts without, so that its peak has them
             return [output.detach(), *grads]
 
-        if contender.captured:
-            step = captured(step, batch[0])
-        return lambda index: step(batch[index % len(batch)])
+        run_step = captured(step, batch[0]) if contender.captured else step
+
+        def next_step(index: int) -> list[Tensor]:
+            if contender.compiled == "max-autotune":
+                torch.compiler.cudagraph_mark_step_begin()
+            return run_step(batch[index % len(batch)])
+
+        return next_step
 
 
 def _compiled(model: nn.Module, contender: Contender) -> Callable[[Tensor], Tensor]:
@@ -115,6 +120,7 @@ def _compiled(model: nn.Module, contender: Contender) -> Callable[[Tensor], Tens
         return model
     if not contender.units:
         return torch.compile(model, mode=contender.compiled)
+    torch._dynamo.config.recompile_limit = 64  # units of all shapes share the code of forward()
     for unit in model.modules():
         if isinstance(unit, fused_preact.PreActBlock | fused_preact.PreActBottleneck):
             unit.compile(mode=contender.compiled)

@@ -32,7 +32,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
-    torch._dynamo.config.recompile_limit = 64  # units of all shapes share the code of forward()
     torch.backends.cudnn.benchmark = True  # the better eager
 
 
@@ -49,12 +48,12 @@ class Measurements:
         self.bandwidth = machine.copy_bandwidth(device)
         self.rates = {t: machine.matmul_rate(device, t) for t in (torch.float32, torch.bfloat16)}
         self.rows: list[dict[str, Any]] = []
-        self._cases: dict[Any, tuple[dict[str, Measured | str], Traffic]] = {}
+        self._cases: dict[Any, tuple[dict[str, Measured | Exception], Traffic]] = {}
 
     def of(
         self, case: AnyCase, dtype: torch.dtype, contenders: tuple[Contender, ...]
-    ) -> tuple[dict[str, Measured | str], Traffic]:
-        """Each contender's measurements, or why it is left out; and the floor of the case."""
+    ) -> tuple[dict[str, Measured | Exception], Traffic]:
+        """Each contender's measurements, or why it has none; and the floor of the case."""
         key = case, dtype
         if key not in self._cases:
             self._cases[key] = self._measure(case, dtype, contenders)
@@ -65,31 +64,36 @@ class Measurements:
 
     def _measure(
         self, case: AnyCase, dtype: torch.dtype, contenders: tuple[Contender, ...]
-    ) -> tuple[dict[str, Measured | str], Traffic]:
+    ) -> tuple[dict[str, Measured | Exception], Traffic]:
         definition = EAGER if isinstance(case, Case) else REFERENCE
         true = self._truth(case, dtype, definition)
         baseline = errors(comparable(case, case.step(definition, dtype, self.device)(0)), true)
-        steps, left_out = {}, {}
+        steps, failed = {}, {}
         for contender in contenders:
-            try:
+            try:  # one that fails does not keep the others from being timed
                 step = case.step(contender, dtype, self.device)
                 found = errors(comparable(case, step(0)), true)
-            except torch.cuda.OutOfMemoryError:
-                left_out[contender.name] = "does not fit into the GPU's memory beside the others"
-                continue
-            check(case, contender, found, baseline, dtype)
-            steps[contender.name] = step
+                check(case, contender, found, baseline, dtype)
+            except Exception as error:
+                failed[contender.name] = error
+            else:
+                steps[contender.name] = step
         ours = next(c for c in contenders if c.ours and not c.captured)
+        if ours.name in failed:
+            raise failed[ours.name]
         with Traffic(self.bandwidth, self.rates[dtype]) as traffic:
             steps[ours.name](0)
         measured = alternate(steps, self.device, ROUNDS_SECONDS[case.group])
         for contender in contenders:
-            if contender.name in steps:
-                own, step = measured[contender.name], steps[contender.name]
+            if contender.name in failed:
+                continue
+            own, step = measured[contender.name], steps[contender.name]
+            if not contender.graphs:
                 own.peak_bytes = self.peaks.of(case, contender, dtype, step)
                 own.saved_bytes = saved_bytes(step)
-                own.launches = launches(step) if self.device.type == "cuda" else None
-        return measured | left_out, traffic
+            if self.device.type == "cuda":
+                own.launches = launches(step)
+        return measured | failed, traffic
 
     def _truth(
         self, case: AnyCase, dtype: torch.dtype, definition: Contender
@@ -129,8 +133,10 @@ def report(measurements, benchmark):
     ) -> None:
         measured, traffic = measurements.of(case, dtype, contenders)
         own = measured[contender.name]
-        if isinstance(own, str):
-            pytest.skip(f"{contender.name}: {own}")
+        if isinstance(own, torch.cuda.OutOfMemoryError):
+            pytest.skip(f"{contender.name} does not fit into the GPU's memory beside the others")
+        if isinstance(own, Exception):
+            raise own
         info: dict[str, Any] = {
             "contender": contender.name,
             "peak_bytes": own.peak_bytes,
@@ -143,9 +149,11 @@ def report(measurements, benchmark):
         }
         for other in contenders:
             theirs = measured[other.name]
-            if contender.ours and not other.ours and not isinstance(theirs, str):
+            if contender.ours and not other.ours and isinstance(theirs, Measured):
                 middle, low, high = ratios(theirs, own)
                 info[f"speedup over {other.name}"] = {"median": middle, "quartiles": [low, high]}
+        if contender.note:
+            info["contender is"] = contender.note
         if not isinstance(case, Case):
             info["eager is"] = case.counterpart
         clock, seconds = benchmark._timer, iter(own.seconds)

@@ -19,8 +19,9 @@ class Contender:
 
     backend   "eager", PyTorch's layers; "reference"; or one of our kernels' backends.
     compiled  the mode of torch.compile, or None.
-    units     compiled unit by unit: as a whole, a deep network takes many minutes.
+    units     compiled unit by unit.
     captured  a step is captured into a CUDA graph by hand and replayed.
+    note      what a reader of its results must know.
     """
 
     name: str
@@ -29,6 +30,12 @@ class Contender:
     compiled: str | None = None
     units: bool = False
     captured: bool = False
+    note: str = ""
+
+    @property
+    def graphs(self) -> bool:
+        """Whether it runs in CUDA graphs, whose memory and saved tensors are not seen."""
+        return self.captured or self.compiled == "max-autotune"
 
     @property
     def ours(self) -> bool:
@@ -39,14 +46,17 @@ EAGER = Contender("eager")
 REFERENCE = Contender("reference", "reference")
 NCHW = Contender("eager NCHW", memory_format=torch.contiguous_format)
 COMPILE = Contender("compile", compiled="default")
-COMPILE_UNITS = Contender("compile units", compiled="default", units=True)
-# max-autotune captures CUDA graphs of its own, but for units, where a hand captures all of them
-AUTOTUNE = Contender("compile max-autotune", compiled="max-autotune")
+UNITS_NOTE = "compiled unit by unit, as the whole graph takes too long"
+COMPILE_UNITS = Contender("compile units", compiled="default", units=True, note=UNITS_NOTE)
+AUTOTUNE = Contender(
+    "compile max-autotune", compiled="max-autotune", note="with torch.compile's own CUDA graphs"
+)
 AUTOTUNE_UNITS = Contender(
     "compile max-autotune units",
     compiled="max-autotune-no-cudagraphs",
     units=True,
     captured=True,
+    note=f"{UNITS_NOTE}; then captured into one CUDA graph by hand",
 )
 
 
@@ -72,8 +82,13 @@ def contenders(
     if case.group == "unit" or full:
         chosen += [NCHW, COMPILE_UNITS if case.deep else COMPILE]
     if device == "cuda":
-        chosen += [replace(EAGER, name="eager graph", captured=True)]
+        chosen += [_captured(EAGER)]
         if full:
             chosen += [AUTOTUNE_UNITS if case.deep else AUTOTUNE]
-        ours += [replace(one, name=f"{one.name} graph", captured=True) for one in ours]
+        ours += [_captured(one) for one in ours]
     return *chosen, *ours
+
+
+def _captured(contender: Contender) -> Contender:
+    note = "captured into a CUDA graph by hand"
+    return replace(contender, name=f"{contender.name} graph", captured=True, note=note)

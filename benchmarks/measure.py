@@ -23,11 +23,14 @@ SHORTEST = 2e-3  # seconds; on a CPU, what takes less is repeated within a round
 
 @dataclass
 class Measured:
-    """A contender's seconds a step, one a round; its memory in bytes; on a GPU its launches."""
+    """A contender's seconds a step, one a round; its memory in bytes; on a GPU its launches.
+
+    None is what was not measured.
+    """
 
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    saved_bytes: int = 0
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
     launches: int | None = None
 
     @property

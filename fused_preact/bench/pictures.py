@@ -78,6 +78,7 @@ def _time_against_depth(figure: Any, rows: list[Row], machine: dict[str, Any]) -
 def _memory_against_depth(figure: Any, rows: list[Row], machine: dict[str, Any]) -> None:
     figure.set_size_inches(13, 5)
     left, right = figure.subplots(1, 2)
+    rows = [row for row in rows if row["peak_bytes"] is not None]
     _lines(left, rows, lambda row: row["peak_bytes"] / MIB)
     _lines(right, rows, lambda row: row["saved_bytes"] / MIB)
     left.set(ylabel="peak MiB an image")

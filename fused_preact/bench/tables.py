@@ -39,16 +39,21 @@ def full_table(result: Result) -> str:
                 f"{middle:.3g} ({low:.3g}-{high:.3g})",
                 _spread(ratios["eager"]) if ratios else "",
                 f"{_spread(other[1])}, {other[0]}" if other else "",
-                f"{row['peak_bytes'] / MIB:.1f}",
-                f"{row['saved_bytes'] / MIB:.1f}",
+                _mib(row["peak_bytes"]),
+                _mib(row["saved_bytes"]),
                 str(row.get("launches") or ""),
                 f"{row['of_floor']:.2f}",
             ]
         )
-    counterparts = {
-        row["case"].split("-")[0]: row["eager is"] for row in result.rows if "eager is" in row
+    explained = {
+        row["contender"]: row["contender is"] for row in result.rows if "contender is" in row
     }
-    notes = [f"- `{name}`, eager: {text}." for name, text in counterparts.items()]
+    explained |= {
+        f"{row['case'].split('-')[0]}, eager": row["eager is"]
+        for row in result.rows
+        if "eager is" in row
+    }
+    notes = [f"- {name}: {text}." for name, text in explained.items()]
     parts = [f"## {_machine(result)}", _grid(columns, rows), "\n".join(notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -102,6 +107,8 @@ def _cell(row: Row, rows: list[Row]) -> str:
     if other is not None and other[1].median < ratio.median:
         bold = "**" if other[1].median < 1 else ""
         text += f", {bold}{other[1].median:.2f}{bold} over {other[0]}"
+    if row["peak_bytes"] is None:
+        return text
     return f"{text}; memory {row['peak_bytes'] / eager['peak_bytes']:.2f}"
 
 
@@ -115,6 +122,10 @@ def _machine(result: Result) -> str:
     if "threads" in machine and "cuda" not in machine:
         parts.append(f"{machine['capability']}, {machine['threads']} threads")
     return ", ".join([*parts, f"torch {machine['torch']}, commit {machine['commit']}"])
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / MIB:.1f}"
 
 
 def _spread(value: Spread) -> str:
