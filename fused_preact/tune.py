@@ -121,9 +121,9 @@ def candidates(operator: str) -> list[Options]:
         choices = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64)}
     else:
         choices = {"TILE": (2048, 4096, 8192), "BLOCK_C": (32, 64, 128, 256)}
-    choices |= {"num_warps": (4, 8)} | (
-        {"num_stages": (2, 3, 4)} if operator in CONVOLUTIONS else {}
-    )
+    choices["num_warps"] = 4, 8
+    if operator in CONVOLUTIONS:
+        choices["num_stages"] = 2, 3, 4
     return [
         dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
     ]
