@@ -116,6 +116,17 @@ def channels_last(input: Tensor) -> Tensor:
     return input
 
 
+def _constant(function: Callable[[], Any]) -> Callable[[], Any]:
+    """function; torch.compile takes its result as it is and does not trace how it is found."""
+
+    def call() -> Any:
+        return function()
+
+    # What torch.compiler.assume_constant_result sets, at the price of importing torch._dynamo.
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return call
+
+
 def allow_tf32() -> bool:
     """Whether PyTorch lets convolutions round float32 to TF32, see torch.backends.cudnn.
 
@@ -127,7 +138,7 @@ def allow_tf32() -> bool:
     return _tf32_precision()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _has_tf32_flag() -> bool:
     try:
         return torch.backends.cudnn.allow_tf32 in (True, False)
@@ -135,7 +146,7 @@ def _has_tf32_flag() -> bool:
         return False
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _tf32_precision() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
@@ -181,19 +192,8 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _constant(function: Callable[[], str | None]) -> Callable[[], str | None]:
-    """function, called once; torch.compile takes the result and does not trace how it is found."""
-    cached = functools.cache(function)
-
-    def call() -> str | None:
-        return cached()
-
-    # What torch.compiler.assume_constant_result sets, at the price of importing torch._dynamo.
-    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return call
-
-
 @_constant
+@functools.cache
 def _cuda_status() -> str | None:
     built = _C.build_info()["cuda"]
     if built.startswith("not built"):
@@ -203,6 +203,7 @@ def _cuda_status() -> str | None:
 
 
 @_constant
+@functools.cache
 def _triton_status() -> str | None:
     try:
         importlib.import_module("triton")
@@ -214,6 +215,7 @@ def _triton_status() -> str | None:
 
 
 @_constant
+@functools.cache
 def _register_triton() -> None:
     """Fills torch.ops.fused_preact_triton."""
     importlib.import_module("fused_preact.triton")
