@@ -50,11 +50,12 @@ def normalise(u, affine, c, C):
     """z = scale * (u - mean) + shift in float32, one expression in every kernel: signs agree.
 
     affine  [4, C], at the channels c of the tile
+    An fma by name: left to compilers, it could be fused in one kernel and rounded twice in another.
     """
     mean = tl.load(affine + c, mask=c < C, other=0.0)
     scale = tl.load(affine + 2 * C + c, mask=c < C, other=0.0)
     shift = tl.load(affine + 3 * C + c, mask=c < C, other=0.0)
-    return scale[None, :] * (u.to(tl.float32) - mean[None, :]) + shift[None, :]
+    return tl.fma(scale[None, :], u.to(tl.float32) - mean[None, :], shift[None, :])
 
 
 @triton.jit
