@@ -1,6 +1,6 @@
-"""bn_stats: mean and biased variance of each channel.
+"""bn_stats: mean = sum u / M and var = sum (u - mean)^2 / M of each channel.
 
-Reads u [M, C] once, 4 * M * C FLOPs; each tile's moments are merged in a fixed order.
+Reads u [M, C] once, 4 * M * C FLOPs; each tile's moments are merged in a fixed order (reduce.py).
 """
 
 import triton
@@ -15,7 +15,7 @@ from .tile import store_moments, tile_of
 @triton.jit
 def bn_stats_kernel(
     input,  # u [M, C]
-    moments,  # [3, tiles, C]
+    moments,  # [3, tiles, C], see store_moments
     M,
     C,
     BLOCK_M: tl.constexpr,

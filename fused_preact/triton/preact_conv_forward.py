@@ -25,7 +25,7 @@ def preact_conv_forward_kernel(
     weight,  # [K, R, S, C]
     residual,  # [N, P, Q, K], or None
     output,  # y [N, P, Q, K]
-    moments,  # [3, tiles, K], or None
+    moments,  # [3, tiles, K], see store_moments, or None
     N,
     H,
     W,

@@ -4,6 +4,8 @@
     sums     plain
 
 Chan, Golub, LeVeque 1983. Reads each tile's vectors once; nothing beside the tiles themselves.
+Merging in the last program to arrive would take a counter that is zero at each launch: a launch of
+its own to clear it, or memory that outlives the call and that two streams must not share.
 """
 
 import torch
