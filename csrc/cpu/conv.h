@@ -126,25 +126,26 @@ struct Packed {
     return data + block * kColumnBlock * k + row * columns(block);
   }
 
-  // Row i is value(i, column) for each column; rows in parallel.
+  // Value j of row i is row_of(i)[j * stride]; rows in parallel.
   template <typename F>
-  void fill(const Runtime& runtime, const F& value) const {
+  void fill(const Runtime& runtime, int64_t stride, const F& row_of) const {
     const Parts parts(k, kMostParts);
     parallel_for(runtime, parts.parts, [&](int64_t part) {
       for (int64_t block = 0; block < blocks(); ++block)
-        for (int64_t i = parts.begin(part); i < parts.end(part); ++i)
-          for (int64_t j = 0; j < columns(block); ++j) {
-            O& place = kPairs<O> ? at(block, i - i % 2)[2 * j + i % 2] : at(block, i)[j];
-            narrow(value(i, block * kColumnBlock + j), place);
-          }
+        for (int64_t i = parts.begin(part); i < parts.end(part); ++i) {
+          const auto* const row = row_of(i) + block * kColumnBlock * stride;
+          O* const out = kPairs<O> ? at(block, i - i % 2) + i % 2 : at(block, i);
+          for (int64_t j = 0; j < columns(block); ++j)
+            narrow(widen(row[j * stride]), out[j * (kPairs<O> ? 2 : 1)]);
+        }
     });
   }
 };
 
 template <typename S>
-Accumulator<S> weight_at(const Weight& w, int64_t k, int64_t c, int64_t r, int64_t s) {
-  return widen(static_cast<const S*>(
-      w.data)[k * w.stride_k + c * w.stride_c + r * w.stride_r + s * w.stride_s]);
+const S* weight_at(const Weight& w, int64_t k, int64_t c, int64_t r, int64_t s) {
+  return static_cast<const S*>(w.data) + k * w.stride_k + c * w.stride_c + r * w.stride_r +
+         s * w.stride_s;
 }
 
 }  // namespace preact

@@ -50,9 +50,9 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
           weights.emplace_back(Packed<O>{packed, down[i].taps * taps_across * k, c});
       packed += weight.k * c;
       every_pixel_reached = every_pixel_reached && weight.k > 0;
-      weight.fill(runtime, [&](int64_t row, int64_t column) {
+      weight.fill(runtime, op.weight.stride_c, [&](int64_t row) {
         const int64_t t = row / (taps_across * k), u = taps_across - 1 - row / k % taps_across;
-        return weight_at<S>(op.weight, row % k, column, i + stride_h * t, j + stride_w * u);
+        return weight_at<S>(op.weight, row % k, 0, i + stride_h * t, j + stride_w * u);
       });
     }
 
@@ -90,7 +90,7 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
   PartialSums partial(op.sums ? bands.parts.parts : 0, c);
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
     const int64_t most_rows = bands.rows_per_band / stride_h + r + 1;
-    O* const dy = buffer<O>(Buffer::kSource, most_rows * source_width * k);
+    O* const loaded = buffer<O>(Buffer::kSource, most_rows * source_width * k);
     A* const out = buffer<A>(Buffer::kTile, tile_rows * pitch * c);
     A* const tile_sums = op.sums ? buffer<A>(Buffer::kVectors, 2 * c) : nullptr;
     if (op.sums) std::fill_n(tile_sums, 2 * c, A(0));
@@ -101,11 +101,15 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
       const int64_t source_first = first_p(first), source_last = last_p(end - 1);
       const int64_t inside_first = std::max<int64_t>(source_first, 0);
       const int64_t inside_last = std::min(source_last, p - 1);
+      const O* dy = loaded;
       if (dense && inside_first == source_first && inside_last == source_last) {
-        load((image * p + source_first) * q * k, (source_last - source_first + 1) * q, dy);
+        const int64_t offset = (image * p + source_first) * q * k;
+        if constexpr (std::is_same_v<S, O>)
+          if (!op.grad.output) dy = static_cast<const O*>(op.grad.grad) + offset;  // as it lies
+        if (dy == loaded) load(offset, (source_last - source_first + 1) * q, loaded);
       } else {
         for (int64_t y = source_first; y <= source_last; ++y) {
-          O* const row = dy + (y - source_first) * source_width * k;
+          O* const row = loaded + (y - source_first) * source_width * k;
           if (y < 0 || y >= p) {
             std::fill_n(row, source_width * k, O{});
             continue;
@@ -147,7 +151,7 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
             slope_rows(dh, addend, static_cast<const S*>(op.input) + offset, pixels, c, affine,
                        op.activation, g, tile_sums, op.sums ? tile_sums + c : nullptr);
           else
-            store_rows(dh, addend, pixels, c, g);
+            store_rows(dh, addend, pixels, c, g, nullptr);
         }
         if (op.sums) partial.add(part, tile_sums);
       }

@@ -21,8 +21,8 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   const A* const affine = static_cast<const A*>(op.affine);
 
   const Packed<O> weight{buffer<O>(Buffer::kWeight, r * run_length * k), r * run_length, k};
-  weight.fill(runtime, [&](int64_t row, int64_t column) {
-    return weight_at<S>(op.weight, column, row % c, row / run_length, row / c % shape.kernel_width);
+  weight.fill(runtime, op.weight.stride_k, [&](int64_t row) {
+    return weight_at<S>(op.weight, 0, row % c, row / run_length, row / c % shape.kernel_width);
   });
 
   const int64_t row_bytes = window.width * c * window.step_height * static_cast<int64_t>(sizeof(O));
@@ -58,13 +58,14 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
                    weight.at(block, tap * run_length), out + i * q * k + block * kColumnBlock);
             }
         const int64_t runs = pitch == q ? 1 : rows, pixels = rows / runs * q;
+        A* const sum = op.stats ? tile_sum<A>(k) : nullptr;
         for (int64_t run = 0; run < runs; ++run) {
           const int64_t offset = ((image * p + row) * q + run * pixels) * k;
           store_rows(out + run * pitch * k,
                      op.residual ? static_cast<const S*>(op.residual) + offset : nullptr, pixels, k,
-                     static_cast<S*>(op.output) + offset);
+                     static_cast<S*>(op.output) + offset, sum);
         }
-        if (op.stats) add_tile(moments[part], out, runs, pixels, pitch * k, k);
+        if (op.stats) add_tile(moments[part], out, runs, pixels, pitch * k, k, sum);
       }
     }
   });

@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kFewestParts = 8, kMostWgradParts = 32;
 constexpr int64_t kSumChunk = 256, kSquare = 16;
 constexpr int64_t kProductRows = 128, kProductColumns = 256;  // of one matrix product
-constexpr int64_t kGroupBytes = 512 * 1024;  // of operands that are there for each block of dW
+// Bands whose operands are there together for each block of dW.
+constexpr int64_t kGroupBytes = 512 * 1024, kMostTogether = 16;
 
 template <typename S, typename O>
 void run(const Runtime& runtime, const PreactConvWgrad& op) {
@@ -40,6 +41,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   const int64_t step = window.step_width, plane_width = ceil_div(window.width, step);
   const bool joined = window.step_height == 1;  // all rows of a band in one product
   const int64_t pitch = joined ? plane_width : round_depth<O>(q);  // of dy's rows
+  const bool dy_as_it_lies = std::is_same_v<S, O> && !op.grad.output && pitch == q;
 
   const int64_t row_bytes =
       std::max(window.width * c * window.step_height, pitch * k) * static_cast<int64_t>(sizeof(O));
@@ -57,7 +59,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   const int64_t plane = product_rows * ld, left_size = step * plane;
   const int64_t right_size = round_depth<O>(most_rows * pitch) * product_columns;
   const int64_t group = std::clamp<int64_t>(
-      kGroupBytes / ((left_size + right_size) * static_cast<int64_t>(sizeof(O))), 1, 16);
+      kGroupBytes / ((left_size + right_size) * static_cast<int64_t>(sizeof(O))), 1, kMostTogether);
   const Tile<O, A> tile = tile_of(runtime, O{});
 
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
@@ -68,8 +70,8 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
     O* const right = buffer<O>(Buffer::kPaired, group * right_size);
     A* const dweight = partial + part * size;
 
-    // the operands of one band
-    const auto prepare = [&](int64_t band, O* transposed, O* other) {
+    // the operands of one band; returns the right one
+    const auto prepare = [&](int64_t band, O* transposed, O* other) -> const O* {
       const int64_t image = bands.image(band), first = bands.first_row(band);
       const int64_t rows = bands.end_row(band) - first;
       O* const plain = kPairs<O> ? unpaired : other;
@@ -85,7 +87,10 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
                          op.grad.output ? static_cast<const S*>(op.grad.output) + offset : nullptr,
                          count * q, k, coefficients.data(), out);
       };
-      if (pitch == q) {
+      const O* right_operand = plain;
+      if (transposes_h && dy_as_it_lies && rows * q % 2 == 0) {
+        right_operand = static_cast<const O*>(op.grad.grad) + (image * p + first) * q * k;
+      } else if (pitch == q) {
         load(first, rows, dy);
       } else {
         for (int64_t row = 0; row < rows; ++row) {
@@ -114,14 +119,17 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
       if constexpr (kPairs<O>) {
         const int64_t count = rows * pitch;
         std::fill_n(plain + count * product_columns, count % 2 * product_columns, O{});
-        pair_rows(plain, round_depth<O>(count), product_columns, other);
+        pair_rows(right_operand, round_depth<O>(count), product_columns, other);
+        return other;
       }
+      return right_operand;
     };
 
     for (int64_t band = bands.parts.begin(part); band < bands.parts.end(part); band += group) {
       const int64_t count = std::min(group, bands.parts.end(part) - band);
+      const O* operands[kMostTogether];
       for (int64_t i = 0; i < count; ++i)
-        prepare(band + i, left + i * left_size, right + i * right_size);
+        operands[i] = prepare(band + i, left + i * left_size, right + i * right_size);
       for (int64_t tap = 0; tap < r * s; ++tap)
         for (int64_t row = 0; row < product_rows; row += kProductRows)
           for (int64_t column = 0; column < product_columns; column += kProductColumns)
@@ -131,7 +139,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
               const int64_t depth = round_depth<O>(joined ? (rows - 1) * pitch + q : q);
               const O* const a = left + i * left_size + tap % s % step * plane + row * ld +
                                  tap / s * plane_width + tap % s / step;
-              const O* const b = right + i * right_size + column * (kPairs<O> ? 2 : 1);
+              const O* const b = operands[i] + column * (kPairs<O> ? 2 : 1);
               for (int64_t call = 0; call < calls; ++call)
                 tile(
                     std::min(kProductRows, product_rows - row),

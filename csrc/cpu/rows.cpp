@@ -99,6 +99,10 @@ PREACT_INLINE void activate(const S* u, int64_t rows, int64_t channels, const A*
 
 template <typename S, typename O>
 PREACT_INLINE void convert(const S* in, int64_t count, O* out) {
+  if constexpr (std::is_same_v<S, O>) {
+    std::memcpy(out, in, count * sizeof(S));
+    return;
+  }
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) narrow(widen(in[i]), out[i]);
 }
@@ -114,21 +118,39 @@ PREACT_INLINE void output_grad(const S* g, const S* output, int64_t rows, int64_
   }
 }
 
+template <bool kAddend, bool kSum, typename S, typename A>
+PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t channels, S* out,
+                         A* total) {
+  in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
+    A* const in = tile + row * channels;
+    const S* const more = kAddend ? addend + row * channels : nullptr;
+    S* const to = out + row * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      A sum = 0;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kRows; ++i) {
+        const int64_t at = i * channels + c;
+        narrow(kAddend ? in[at] + widen(more[at]) : in[at], to[at]);
+        const A stored = widen(to[at]);
+        if constexpr (kAddend || !std::is_same_v<S, A>) in[at] = stored;
+        if constexpr (kSum) sum += stored;
+      }
+      if constexpr (kSum) total[c] += sum;
+    }
+  });
+}
+
 template <typename S, typename A>
-PREACT_INLINE void store(A* tile, const S* addend, int64_t count, S* out) {
-  if (addend) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      narrow(tile[i] + widen(addend[i]), out[i]);
-      tile[i] = widen(out[i]);
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      narrow(tile[i], out[i]);
-      tile[i] = widen(out[i]);
-    }
-  }
+PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t channels, S* out, A* sum) {
+  if (addend && sum)
+    store<true, true>(tile, addend, rows, channels, out, sum);
+  else if (addend)
+    store<true, false>(tile, addend, rows, channels, out, sum);
+  else if (sum)
+    store<false, true>(tile, addend, rows, channels, out, sum);
+  else
+    store<false, false>(tile, addend, rows, channels, out, sum);
 }
 
 template <int64_t kRows, typename Act, bool kAddend, bool kSums, typename S, typename A>
@@ -332,35 +354,36 @@ PREACT_PROLOGUES(bf16, float, float)
 PREACT_PROLOGUES(bf16, float, bf16)
 PREACT_PROLOGUES(double, double, double)
 
-#define PREACT_ROWS(S, A)                                                                       \
-  PREACT_CLONES void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels,       \
-                                S* out) {                                                       \
-    store(tile, addend, rows * channels, out);                                                  \
-  }                                                                                             \
-  PREACT_CLONES void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows,         \
-                                int64_t channels, const A* affine, Activation activation, S* g, \
-                                A* s1, A* s2) {                                                 \
-    if (activation == Activation::kRelu)                                                        \
-      with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                               \
-        slope<Relu>(dh, addend, u, rows, c, affine, g, s1, s2);                                 \
-      });                                                                                       \
-    else                                                                                        \
-      slope<Silu>(dh, addend, u, rows, channels, affine, g, s1, s2);                            \
-  }                                                                                             \
-  PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {           \
-    with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY { sum(x, rows, c, total); });     \
-  }                                                                                             \
-  PREACT_CLONES void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift, \
-                                    A* d1, A* d2) {                                             \
-    with_channels(channels,                                                                     \
-                  [&](int64_t c) PREACT_INLINE_BODY { deviation(x, rows, c, shift, d1, d2); }); \
-  }                                                                                             \
-  PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,    \
-                                        int64_t channels, const A* coefficients, S* du) {       \
-    if (grad)                                                                                   \
-      residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                        \
-    else                                                                                        \
-      residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                       \
+#define PREACT_ROWS(S, A)                                                                         \
+  PREACT_CLONES void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels, S* out, \
+                                A* sum) {                                                         \
+    with_channels(channels,                                                                       \
+                  [&](int64_t c) PREACT_INLINE_BODY { store(tile, addend, rows, c, out, sum); }); \
+  }                                                                                               \
+  PREACT_CLONES void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows,           \
+                                int64_t channels, const A* affine, Activation activation, S* g,   \
+                                A* s1, A* s2) {                                                   \
+    if (activation == Activation::kRelu)                                                          \
+      with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                                 \
+        slope<Relu>(dh, addend, u, rows, c, affine, g, s1, s2);                                   \
+      });                                                                                         \
+    else                                                                                          \
+      slope<Silu>(dh, addend, u, rows, channels, affine, g, s1, s2);                              \
+  }                                                                                               \
+  PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {             \
+    with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY { sum(x, rows, c, total); });       \
+  }                                                                                               \
+  PREACT_CLONES void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift,   \
+                                    A* d1, A* d2) {                                               \
+    with_channels(channels,                                                                       \
+                  [&](int64_t c) PREACT_INLINE_BODY { deviation(x, rows, c, shift, d1, d2); });   \
+  }                                                                                               \
+  PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,      \
+                                        int64_t channels, const A* coefficients, S* du) {         \
+    if (grad)                                                                                     \
+      residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                          \
+    else                                                                                          \
+      residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                         \
   }
 
 PREACT_ROWS(float, float)

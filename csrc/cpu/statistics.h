@@ -6,8 +6,8 @@
 namespace preact {
 
 // Mean and squared deviations of the values seen so far, a pair a channel, in double.
-// Chan, Golub, LeVeque 1983; each tile is summed around the mean of those before it, so that a mean
-// far from zero cancels nothing.
+// Chan, Golub, LeVeque 1983; each tile is summed around its own mean, so that a mean far from zero
+// cancels nothing.
 struct Moments {
   double count = 0;
   double* mean;  // [C]
@@ -27,20 +27,22 @@ struct Moments {
   }
 };
 
-// Adds a tile x of `segments` runs of [rows, channels], `pitch` elements apart.
+// Where the sum [C] of a tile is taken, by whoever writes or reads it first; zeros.
+template <typename A>
+A* tile_sum(int64_t channels) {
+  A* const sum = buffer<A>(Buffer::kVectors, 3 * channels);
+  std::fill_n(sum, 3 * channels, A(0));
+  return sum;
+}
+
+// Adds a tile x of `segments` runs of [rows, channels], `pitch` elements apart; sum is its
+// tile_sum.
 template <typename S, typename A = Accumulator<S>>
 void add_tile(Moments& moments, const S* x, int64_t segments, int64_t rows, int64_t pitch,
-              int64_t channels) {
-  A* const shift = buffer<A>(Buffer::kVectors, 3 * channels);
-  A *const d1 = shift + channels, *const d2 = d1 + channels;
+              int64_t channels, A* sum) {
+  A *const shift = sum, *const d1 = sum + channels, *const d2 = d1 + channels;
   const double count = static_cast<double>(segments * rows);
-  std::fill_n(shift, 3 * channels, A(0));
-  if (moments.count == 0) {
-    for (int64_t i = 0; i < segments; ++i) sum_rows(x + i * pitch, rows, channels, shift);
-    for (int64_t c = 0; c < channels; ++c) shift[c] = static_cast<A>(shift[c] / count);
-  } else {
-    for (int64_t c = 0; c < channels; ++c) shift[c] = static_cast<A>(moments.mean[c]);
-  }
+  for (int64_t c = 0; c < channels; ++c) shift[c] = static_cast<A>(sum[c] / count);
   for (int64_t i = 0; i < segments; ++i)
     deviation_rows(x + i * pitch, rows, channels, shift, d1, d2);
   moments.merge(count, channels, [&, per_value = 1 / count](int64_t c) {
