@@ -116,6 +116,13 @@ class Kernel:
         return sum(map(len, paths)) / units if units else None
 
     @cached_property
+    def merge_instructions(self) -> float:
+        """That the last block issues for each partial result it loads."""
+        loops = [[i for i in x.instructions if "STRONG" in i.opcode] for x in self.loops]
+        issued = sum(len(x.instructions) for x, own in zip(self.loops, loops, strict=True) if own)
+        return issued / max(sum(map(len, loops)), 1)
+
+    @cached_property
     def main_loop(self) -> Loop:
         """What multiplies, loads of operands and index arithmetic with it.
 

@@ -120,14 +120,15 @@ class Traffic(TorchDispatchMode):
         for value in torch.utils._pytree.tree_leaves((args, kwargs, output)):
             if isinstance(value, torch.Tensor):
                 tensors[value.data_ptr()] = value.numel() * value.element_size()
-        moved, flops = sum(tensors.values()), _flops(function, args, kwargs or {}, output)
+        moved, flops = sum(tensors.values()), count_flops(function, args, kwargs or {}, output)
         self.bytes += moved
         self.flops += flops
         self.seconds += max(moved / self.bandwidth, flops / self.rate)
         return output
 
 
-def _flops(function, args, kwargs, output) -> int:
+def count_flops(function, args, kwargs, output) -> int:
+    """Multiplications and additions of an operator, 0 where it has few."""
     name = function._schema.name.split("::")[1]
     if name == "preact_conv_forward":
         weight, result = args[2], output[0]

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave busy cores alone
 
@@ -114,3 +115,14 @@ def _tiles_by(provider):
     yield
     if provider:
         _C.use_tile_provider(_C.tile_providers()[0])
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """The CUDA kernels of csrc/cuda, run without a GPU as torch.ops.fused_preact_emulator."""
+    from cuda_emulator.build import build
+    from cuda_emulator.emulator import Emulator
+
+    given, name = os.environ.get("PREACT_EMULATOR"), "fused_preact_emulator"
+    library = Path(given) if given else build(tmp_path_factory.mktemp("emulator"), name)
+    return Emulator(library, name)

@@ -1,28 +1,10 @@
 """nvcc's own view of every kernel: no warnings, no spills, tensor cores at work. Needs no GPU."""
 
 import pytest
-from machine_code import (
-    CSRC,
-    KERNELS,
-    compile_cubins,
-    cuobjdump,
-    known_architectures,
-    nvcc,
-    read_kernels,
-)
+from machine_code import CSRC, KERNELS, cuobjdump, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """By architecture and file: every instance of its kernels. A warning of nvcc is an error."""
-    cubins = compile_cubins(tmp_path_factory.mktemp("cubins"), KERNELS, known_architectures())
-    return {
-        (architecture, file): list(read_kernels(file, cubin, said).values())
-        for (architecture, file), (cubin, said) in cubins.items()
-    }
 
 
 def test_sources_are_listed_once():

@@ -40,6 +40,7 @@ struct Line {
 std::map<const void*, Point> points;
 std::unordered_map<uintptr_t, Line> lines;  // of global memory, by address / kLine
 std::vector<Launch> launches;
+std::array<int64_t, kRecorded> of_thread, of_warp;  // of the launch that is recorded
 std::string text;
 
 struct Request {
@@ -55,7 +56,7 @@ void count_global(Point& point, const Request& request) {
   for (uintptr_t address : addresses) {
     sectors.insert(address / kSector);
     Line& line = lines[address / kLine];
-    (point.access == kRead ? line.read : line.written) += request.bytes;
+    (point.access == kWritten ? line.written : line.read) += request.bytes;
   }
   point.sectors += static_cast<int64_t>(sectors.size());
   point.used_bytes += static_cast<int64_t>(addresses.size()) * request.bytes;
@@ -95,7 +96,7 @@ void count_accesses(std::vector<Accessed>* (&lanes)[32], const unsigned char* sh
     const Access access = accesses[key.first];
     Point& point = points.try_emplace(key.first, Point{access, request.bytes}).first->second;
     ++point.requests;
-    if (access == kRead || access == kWritten)
+    if (access <= kCopied)
       count_global(point, request);
     else
       count_shared(point, request, reinterpret_cast<uintptr_t>(shared));
@@ -104,14 +105,18 @@ void count_accesses(std::vector<Accessed>* (&lanes)[32], const unsigned char* sh
 
 void record_launch(const Launch& launch) { launches.push_back(launch); }
 
-void count_recorded(Access access, int bytes) {
-  ++launches.back().accesses[access][std::countr_zero(static_cast<unsigned>(bytes))];
-}
-
-void count_recorded_wait() { ++launches.back().waits; }
+void count_recorded(int what) { ++of_thread[what]; }
 
 void count_multiplication() {
-  if (recording) ++launches.back().multiplications;
+  if (recording) count_recorded(kMultiplications);
+}
+
+void count_recorded_thread(bool last_of_warp) {
+  for (int i = 0; i < kRecorded; ++i) of_warp[i] = std::max(of_warp[i], of_thread[i]);
+  of_thread = {};
+  if (!last_of_warp) return;
+  for (int i = 0; i < kRecorded; ++i) launches.back().counts[i] += of_warp[i];
+  of_warp = {};
 }
 
 }  // namespace emulator
@@ -166,8 +171,7 @@ PREACT_CONTROL void emulator_record(int on, int multiprocessors, int64_t most_sh
 }
 
 // A line for each launch since the last call: the kernel's place in this library, grid, threads,
-// shared bytes; of its first block, summed over threads, multiplications, waits for copies, and
-// accesses of 1, 2, 4, 8, 16 bytes that read, write, read shared memory, write shared memory.
+// shared bytes, counts.
 PREACT_CONTROL const char* emulator_launches() {
   Dl_info self;
   dladdr(reinterpret_cast<const void*>(&emulator_launches), &self);
@@ -175,12 +179,10 @@ PREACT_CONTROL const char* emulator_launches() {
   for (const emulator::Launch& launch : emulator::launches) {
     const int64_t at =
         static_cast<const char*>(launch.kernel) - static_cast<const char*>(self.dli_fbase);
-    for (int64_t value :
-         {at, int64_t{launch.grid.x}, int64_t{launch.grid.y}, int64_t{launch.grid.z},
-          int64_t{launch.threads}, launch.shared_bytes, launch.multiplications, launch.waits})
+    for (int64_t value : {at, int64_t{launch.grid.x}, int64_t{launch.grid.y},
+                          int64_t{launch.grid.z}, int64_t{launch.threads}, launch.shared_bytes})
       emulator::text += std::to_string(value) + " ";
-    for (const auto& of_access : launch.accesses)
-      for (int64_t value : of_access) emulator::text += std::to_string(value) + " ";
+    for (int64_t value : launch.counts) emulator::text += std::to_string(value) + " ";
     emulator::text += "\n";
   }
   emulator::launches.clear();

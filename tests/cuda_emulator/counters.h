@@ -19,18 +19,21 @@ struct Accessed {
 // What the lanes of a warp accessed between two points where they meet; forgotten afterwards.
 void count_accesses(std::vector<Accessed>* (&lanes)[32], const unsigned char* shared);
 
+// What a launch is recorded with: accesses by kind and size, then multiplications and waits.
+constexpr int kAccesses = 6, kSizes = 5;  // 1, 2, 4, 8 and 16 bytes
+constexpr int kMultiplications = kAccesses * kSizes, kWaits = kMultiplications + 1;
+constexpr int kRecorded = kWaits + 1;
+
 struct Launch {
   const char* name;
   const void* kernel;
   Index grid;
   int threads;
   int64_t shared_bytes;
-  // Of the first block: accesses of its threads by access and log2 of bytes, multiplications, waits
-  // for copies.
-  int64_t accesses[4][5] = {}, multiplications = 0, waits = 0;
+  int64_t counts[kRecorded] = {};  // of the first block's warps: each its busiest lane
 };
 void record_launch(const Launch& launch);
-void count_recorded(Access access, int bytes);
-void count_recorded_wait();
+void count_recorded(int what);
+void count_recorded_thread(bool last_of_warp);
 
 }  // namespace emulator

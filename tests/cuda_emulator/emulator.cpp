@@ -173,7 +173,7 @@ void together(void* mine, void (*all)(void* (&lanes)[32])) {
 
 __attribute__((noinline)) bool count(Access access, const void* p, int bytes) {
   if (recording) {
-    count_recorded(access, bytes);
+    count_recorded(access * kSizes + std::countr_zero(static_cast<unsigned>(bytes)));
     return false;
   }
   if (counting) fibers[self]->accessed.push_back({__builtin_return_address(0), p, access, bytes});
@@ -183,7 +183,7 @@ __attribute__((noinline)) bool count(Access access, const void* p, int bytes) {
 void copy_later(void* to, const void* from) { fibers[self]->copies.push_back({to, from}); }
 
 void finish_copies() {
-  if (recording) return count_recorded_wait();
+  if (recording) return count_recorded(kWaits);
   for (const Copy& copy : fibers[self]->copies) std::memcpy(copy.to, copy.from, 16);
   fibers[self]->copies.clear();
 }
@@ -205,6 +205,7 @@ void run(const char* name, const void* symbol, Index grid, int block_threads, in
     for (unsigned t = 0; t < block_size.x; ++t) {
       thread = {t, 0, 0};
       body();
+      count_recorded_thread(t % 32 == 31);
     }
     return;
   }

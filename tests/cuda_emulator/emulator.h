@@ -37,8 +37,8 @@ extern bool recording;  // launches are written down; their first block runs wit
 
 // An access of this thread, seen by counters.cpp while it counts. The place in the code that it
 // returns to is the program point; all helpers below are inlined, so that each use is one of its
-// own. False: there is no data, leave it.
-enum Access { kRead, kWritten, kSharedRead, kSharedWritten };
+// own. False: there is no data, leave it; what is read is then 1, so that a block is the last one.
+enum Access { kRead, kWritten, kCopied, kSharedRead, kSharedWritten, kMatrixRead };
 bool count(Access access, const void* p, int bytes);
 void count_multiplication();
 
@@ -108,7 +108,7 @@ PREACT_DEVICE Bytes16 load16(const T* p) {
 }
 template <typename T>
 PREACT_DEVICE T load(const T* p) {
-  return emulator::count(emulator::kRead, p, sizeof(T)) ? *p : T{};
+  return emulator::count(emulator::kRead, p, sizeof(T)) ? *p : T{1};
 }
 PREACT_DEVICE float load_fresh(const float* p) { return load(p); }
 
@@ -125,7 +125,7 @@ PREACT_DEVICE void store(T* p, T v) {
 template <typename T>
 PREACT_DEVICE T load_shared(const T* p) {
   if (sizeof(T) == 16) emulator::check_aligned(p, "load_shared");
-  return emulator::count(emulator::kSharedRead, p, sizeof(T)) ? *p : T{};
+  return emulator::count(emulator::kSharedRead, p, sizeof(T)) ? *p : T{1};
 }
 template <typename T>
 PREACT_DEVICE void store_shared(T* p, T v) {
@@ -136,7 +136,7 @@ PREACT_DEVICE void store_shared(T* p, T v) {
 PREACT_DEVICE void copy16(void* shared, const void* global) {
   emulator::check_aligned(shared, "copy16");
   emulator::check_aligned(global, "copy16");
-  emulator::count(emulator::kRead, global, 16);
+  emulator::count(emulator::kCopied, global, 16);
   if (emulator::count(emulator::kSharedWritten, shared, 16)) emulator::copy_later(shared, global);
 }
 inline void copies_wait() { emulator::finish_copies(); }
@@ -169,13 +169,13 @@ void load_all_matrices(void* (&lanes)[32]) {
 }
 PREACT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
   LoadMatrices mine{row, {}};
-  if (!emulator::count(emulator::kSharedRead, row, 16)) return;
+  if (!emulator::count(emulator::kMatrixRead, row, 16)) return;
   emulator::together(&mine, load_all_matrices<false>);
   std::memcpy(out, mine.out, sizeof(out));
 }
 PREACT_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   LoadMatrices mine{row, {}};
-  if (!emulator::count(emulator::kSharedRead, row, 16)) return;
+  if (!emulator::count(emulator::kMatrixRead, row, 16)) return;
   emulator::together(&mine, load_all_matrices<true>);
   std::memcpy(out, mine.out, sizeof(out));
 }

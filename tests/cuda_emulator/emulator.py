@@ -11,7 +11,7 @@ import torch
 from machine_code import kernel_name
 from torch import Tensor
 
-READ, WRITTEN, SHARED_READ, SHARED_WRITTEN = range(4)
+READ, WRITTEN, COPIED, SHARED_READ, SHARED_WRITTEN, MATRIX_READ = range(6)
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Launch:
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
-    # of its first block, in instructions of a warp
-    multiplications: float  # mma.m16n8k16
-    waits: float  # of each warp, for asynchronous copies
-    accesses: dict[tuple[int, int], float]  # by access and bytes of a lane
+    # Of its first block, in instructions of warps, as if it came last and merged all blocks.
+    multiplications: int  # mma.m16n8k16
+    waits: int  # of each warp, for asynchronous copies
+    accesses: dict[tuple[int, int], int]  # by access and bytes of a lane
 
 
 class Counts:
@@ -109,7 +109,7 @@ class Emulator:
             yield launches
             for line in self._lines("emulator_launches"):
                 place, x, y, z, threads, shared_bytes, *counts = map(int, line.split())
-                multiplications, waits, *accesses = (count / 32 for count in counts)
+                *accesses, multiplications, waits = counts
                 by_kind = {(i // 5, 2 ** (i % 5)): n for i, n in enumerate(accesses) if n}
                 launch = Launch(
                     self._kernel(place),
@@ -117,7 +117,7 @@ class Emulator:
                     threads,
                     shared_bytes,
                     multiplications,
-                    waits / (threads / 32),
+                    waits // (threads // 32),
                     by_kind,
                 )
                 launches.append(launch)

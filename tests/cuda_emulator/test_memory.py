@@ -6,7 +6,16 @@ from collections.abc import Iterable
 import pytest
 import torch
 from cuda_emulator.build import broken, build
-from cuda_emulator.emulator import READ, SHARED_READ, SHARED_WRITTEN, WRITTEN, Emulator, Point
+from cuda_emulator.emulator import (
+    COPIED,
+    MATRIX_READ,
+    READ,
+    SHARED_READ,
+    SHARED_WRITTEN,
+    WRITTEN,
+    Emulator,
+    Point,
+)
 from torch import Tensor
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -141,7 +150,7 @@ def waste(points: Iterable[Point]) -> dict[tuple[str, int, int], float]:
     """
     moved: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0, 0])
     for p in points:
-        if p.access in (READ, WRITTEN):
+        if p.access < SHARED_READ:
             actual, least = 32 * p.sectors, p.used_bytes
         else:
             actual, least = p.passes, p.fewest_passes
@@ -169,7 +178,7 @@ DWEIGHT = {("preact_conv_wgrad.cu", WRITTEN, 4): 8}
 # read two or more rows at once. Once a tile, from float32 sums.
 NARROW = {("conv_tiles.cuh", SHARED_READ, 16): 2}
 # ldmatrix takes every other pixel of the window: eight rows in four places.
-STRIDED = {("conv.cuh", SHARED_READ, 16): 2}
+STRIDED = {("conv.cuh", MATRIX_READ, 16): 2}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +217,7 @@ def test_contiguous_weights_of_a_1x1_are_copied_as_vectors(emulator):
     layer = Layer(torch.bfloat16, 64, 64, 1)
     assert layer.weight.stride()[2:] == (1, 1)
     _, counts, _ = count(emulator, "preact_conv_forward", layer.calls()["preact_conv_forward"])
-    assert {p.lane_bytes for p in counts.points if p.access == READ} == {4, 16}
+    assert {p.lane_bytes for p in counts.points if p.access in (READ, COPIED)} == {4, 16}
 
 
 # --- what it finds -------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ def test_bank_conflicts_are_found(emulator, tmp_path):
     arguments = Layer(torch.bfloat16, 64, 64, 1).calls()["preact_conv_forward"]
     _, counts, _ = count(Emulator(library, "preact_banks"), "preact_conv_forward", arguments)
     found = waste(counts.points)
-    assert found["conv.cuh", SHARED_READ, 16] > 2  # ldmatrix: eight rows in two places
+    assert found["conv.cuh", MATRIX_READ, 16] > 2  # eight rows in two places
     assert found["conv.cuh", SHARED_WRITTEN, 16] == 2  # cp.async, and what is written back
 
 

@@ -1,0 +1,501 @@
+"""What the CUDA kernels should take on GPUs that are not here: the table by which they are tuned.
+
+    python benchmarks/kernel_report.py [DIR]
+
+Compiles csrc/cuda with nvcc for each architecture, takes every operator call of whole training
+steps from the models, and what each would launch from the kernels' own launchers, run by the
+emulator of tests/cuda_emulator. Writes DIR/kernels.json, and a Markdown table for each device; DIR
+is benchmarks/results/predicted. Every time in it is a prediction: no GPU gave it.
+
+A launch is predicted to take the largest of
+    bytes      its tensors, each once, at the device's bandwidth
+    tensor     the multiplications of the busiest multiprocessor, at the rate of mma.sync
+    issue      the instructions of the busiest multiprocessor's loops, four a clock; a kernel's
+               loops that copy count as their mean
+    latency    the steps that a block takes one after the other, each waiting for memory, times the
+               waves of blocks
+and then what the last block takes to merge the others' sums; never less than a launch.
+"""
+
+import json
+import math
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from machine_code import (
+    ARCHITECTURES,
+    KERNELS,
+    Kernel,
+    compile_cubins,
+    cuobjdump,
+    known_architectures,
+    nvcc,
+    read_kernels,
+)
+from step_calls import Call, Spec, step_calls
+from torch import nn
+
+from fused_preact.resnet import create_model
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+from cuda_emulator.build import build
+from cuda_emulator.emulator import COPIED, READ, SHARED_WRITTEN, WRITTEN, Emulator, Launch
+
+RESULTS = Path(__file__).resolve().parent / "results" / "predicted"
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """Figures a second, bytes and clocks; where from is said in SOURCES."""
+
+    name: str
+    architecture: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    tensor_flops: float  # of mma.sync on bfloat16
+    shared_bytes: int  # of a multiprocessor
+    most_shared_bytes: int  # of a block
+
+
+DEVICES = [
+    Device("A100", "80", 108, 1.41e9, 0.9 * 2.04e12, 312e12, 164 << 10, 163 << 10),
+    Device("H100", "90a", 132, 1.83e9, 3.0e12, 0.629 * 989e12, 228 << 10, 227 << 10),
+    Device("B200", "100", 148, 1.86e9, 0.9 * 8.0e12, 148 * 1.86e9 * 2576, 228 << 10, 227 << 10),
+]
+SOURCES = """
+- Multiprocessors, shared memory: NVIDIA's architecture white papers and tuning guides. Clock: the
+  one that dense bfloat16 peaks of 312, 989 and 2250 TFLOP/s stand for.
+- Bandwidth: on H100 3.0 TB/s, as a copy measured there; on A100 and B200 the same 0.9 of the data
+  sheets' 2.04 and 8.0 TB/s.
+- Tensor cores by mma.sync: all of A100's peak; on Hopper 62.9% of the peak (arXiv:2402.13499); on
+  B200 nobody has published it: as many a clock and multiprocessor as on Hopper, an assumption.
+- The floor takes 798 TFLOP/s on H100, measured with wgmma, and 0.81 of the peak on the others.
+- Assumptions: 2 us a launch in a graph; 0.5 us from asking memory to its answer; 2 clocks an
+  instruction where a warp is alone with a chain of sums.
+"""
+PEAK_FLOPS = {"A100": 0.81 * 312e12, "H100": 798e12, "B200": 0.81 * 2250e12}
+LAUNCH, LATENCY, LONELY_CLOCKS = 2e-6, 0.5e-6, 2
+REGISTERS, MOST_WARPS, MOST_BLOCKS, RESERVED_SHARED = 65536, 64, 32, 1024
+MULTIPLICATION_FLOPS = 2 * 16 * 8 * 16  # of mma.m16n8k16
+FOREACH_TENSORS = 64  # that a multi-tensor kernel of PyTorch takes at once, about
+
+# name, batch, what DESIGN section 9 asks for on an H100
+STEPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int, int], str]] = {
+    "R-1001": (
+        partial(create_model, "preact_resnet1001", 10, "cifar"),
+        (128, 3, 32, 32),
+        "at most 20 ms; floor 18.5",
+    ),
+    "R-200": (
+        partial(create_model, "preact_resnet200", 1000, "imagenet"),
+        (256, 3, 224, 224),
+        "at most 85.3 ms, 3000 images/s; floor 65.5",
+    ),
+    "WRN-28-10": (
+        partial(create_model, "wide_resnet28_10", 10, "cifar"),
+        (128, 3, 32, 32),
+        "floor 5.8 ms",
+    ),
+}
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """A launch of one shape class on one device; seconds."""
+
+    operator: str
+    shape: str
+    kernel: str
+    count: int  # in the step
+    grid: tuple[int, int, int]
+    shared_bytes: int
+    resident_blocks: int
+    waves: float
+    megabytes: float
+    gflops: float
+    floor: float
+    bytes: float
+    tensor: float
+    issue: float
+    latency: float
+    merge: float
+    predicted: float
+
+    @property
+    def bound(self) -> str:
+        parts = {name: getattr(self, name) for name in ("bytes", "tensor", "issue", "latency")}
+        most = max(parts, key=lambda name: parts[name])
+        if self.predicted <= LAUNCH:
+            return "launch"
+        return f"{most} + merge" if self.merge > 0.1 * self.predicted else most
+
+
+def resident_blocks(device: Device, kernel: Kernel, launch: Launch) -> int:
+    """Blocks of a launch that a multiprocessor holds at once."""
+    warps = launch.threads // 32
+    registers = math.ceil(kernel.registers * 32 / 256) * 256 * warps
+    shared = kernel.shared_bytes + launch.shared_bytes + RESERVED_SHARED
+    return min(
+        MOST_BLOCKS, MOST_WARPS // warps, REGISTERS // registers, device.shared_bytes // shared
+    )
+
+
+def instructions(kernel: Kernel, launch: Launch) -> float:
+    """That a block issues in its loops, in warps' instructions."""
+    accesses = defaultdict(float, launch.accesses)
+    total = 0.0
+    if launch.multiplications:
+        loop = kernel.main_loop
+        total += launch.multiplications * len(loop.instructions) / loop.count("HMMA")
+        copied = accesses[COPIED, 16]
+        total += copied * (kernel.per_unit("LDGSTS", 128) or 0)
+        transformed = accesses[SHARED_WRITTEN, 16] - copied
+        total += transformed * (kernel.per_unit("STS", 128, beside="LDS") or 0)
+        total += accesses[WRITTEN, 16] * (kernel.per_unit("STG", 128) or 0)
+    else:
+        for bits in (128, 32):
+            total += accesses[READ, bits // 8] * (kernel.per_unit("LDG", bits) or 0)
+            if total:
+                break
+    return total
+
+
+def predict(
+    device: Device, kernel: Kernel, launch: Launch, moved: float, flops: float
+) -> dict[str, float]:
+    """Seconds of each term of the model, for tensors of `moved` bytes."""
+    blocks = math.prod(launch.grid)
+    of_one = math.ceil(blocks / device.multiprocessors)  # blocks of the busiest multiprocessor
+    resident = resident_blocks(device, kernel, launch)
+    waves = blocks / (resident * device.multiprocessors)
+    multiplications = launch.multiplications * of_one * MULTIPLICATION_FLOPS
+    warps = launch.threads // 32
+    accesses = defaultdict(float, launch.accesses)
+    # a convolution waits at each step, a pointwise kernel at each turn of its loop
+    loads = max((loop.count("LDG", 128) for loop in kernel.loops), default=0)
+    turns = launch.waits or accesses[READ, 16] / warps / max(loads, 1)
+    merge = 0.0
+    if "preact_conv" in kernel.name or "bn_" in kernel.name:
+        issued = accesses[READ, 4] / warps * kernel.merge_instructions
+        merge = issued * LONELY_CLOCKS / device.clock
+    terms = {
+        "bytes": moved / device.bandwidth,
+        "tensor": multiplications / (device.tensor_flops / device.multiprocessors),
+        "issue": instructions(kernel, launch) * of_one / 4 / device.clock,
+        "latency": math.ceil(waves) * turns * LATENCY,
+        "merge": merge,
+        "floor": max(moved / device.bandwidth, flops / PEAK_FLOPS[device.name]),
+        "waves": waves,
+        "resident": resident,
+    }
+    largest = max(terms[name] for name in ("bytes", "tensor", "issue", "latency"))
+    return terms | {"predicted": max(largest + merge, LAUNCH)}
+
+
+def call_bytes(call: Call) -> int:
+    """Of a call's tensors, each once: a 1x1 of stride 2 reads a quarter of its input."""
+    total = sum(spec.bytes for spec in call.specs())
+    if call.operator.endswith("preact_conv_forward"):
+        u, _, weight, _, stride = call.arguments[:5]
+        kernel = weight.shape[2:]
+    elif call.operator.endswith("preact_conv_wgrad"):
+        u, _, kernel, stride = call.arguments[4:8]
+    else:
+        return total
+    read = min(1, kernel[0] / stride[0]) * min(1, kernel[1] / stride[1])
+    return total - round((1 - read) * u.bytes)
+
+
+def call_flops(call: Call) -> int:
+    """Of a convolution: 2 M' K C R S."""
+    name = call.operator.split("::")[1]
+    if name == "preact_conv_forward":
+        weight, result = call.arguments[2].shape, call.results[0].shape
+    elif name == "preact_conv_dgrad":
+        weight, result = call.arguments[4].shape, call.arguments[0].shape
+    elif name == "preact_conv_wgrad":
+        weight, result = call.results[0].shape, call.arguments[0].shape
+    else:
+        return call.flops
+    return 2 * math.prod(result) * math.prod(weight[1:])
+
+
+def shape_class(call: Call) -> str:
+    """A convolution's geometry, or the activations of a pointwise kernel."""
+    name = call.operator.split("::")[1]
+    if name == "preact_conv_forward":
+        u, _, weight, residual, stride = call.arguments[:5]
+        kernel, filters, extra = weight.shape[2:], weight.shape[0], residual
+    elif name == "preact_conv_dgrad":
+        weight, u, _, extra, stride = call.arguments[4:9]
+        kernel, filters = weight.shape[2:], weight.shape[0]
+    elif name == "preact_conv_wgrad":
+        u, _, kernel, stride = call.arguments[4:8]
+        filters, extra = call.results[0].shape[0], None
+    else:
+        return "x".join(map(str, call.specs()[0].shape)) if call.specs() else ""
+    n, c, h, w = u.shape
+    text = f"{n}x{h}x{w}, {c} -> {filters}, {kernel[0]}x{kernel[1]}"
+    text += f"/{stride[0]}" if stride[0] > 1 else ""
+    deferred = name != "preact_conv_forward" and call.arguments[1] is not None
+    return text + ", deferred" * deferred + ", added" * (extra is not None)
+
+
+class Report:
+    """What steps launch of the kernels, by architecture and name, as an emulator has them."""
+
+    def __init__(self, kernels: dict[str, dict[str, Kernel]], emulator: Emulator) -> None:
+        self.kernels, self.emulator = kernels, emulator
+
+    def launches(self, device: Device, call: Call) -> list[Launch]:
+        operator = getattr(self.emulator.operators, call.operator.split("::")[1])
+        arguments = [_empty(a) for a in call.arguments]
+        with self.emulator.recording(device.multiprocessors, device.most_shared_bytes) as launches:
+            operator(*arguments)
+        return launches
+
+    def step(self, device: Device, calls: list[Call]) -> list[Row]:
+        """A row for each launch of each distinct call; PyTorch's own operators by their name."""
+        rows = []
+        kernels = self.kernels[device.architecture]
+        for call, count in Counter(calls).items():
+            if call.operator.startswith("aten::"):
+                rows.append(_own_row(device, call, count))
+                continue
+            launches = self.launches(device, call)
+            moved, flops = float(call_bytes(call)), float(call_flops(call))
+            for launch in launches:
+                kernel = kernels[launch.kernel]
+                here = moved
+                if len(launches) > 1:  # wgrad: partial results are written, then read
+                    partial = launch.grid[0] * 4 * math.prod(call.results[0].shape)
+                    if launch is launches[0]:
+                        partial_bytes, here = partial, moved - call.results[0].bytes + partial
+                    else:
+                        here, flops = partial_bytes + call.results[0].bytes, 0.0
+                terms = predict(device, kernel, launch, here, flops)
+                rows.append(
+                    Row(
+                        operator=call.operator.split("::")[1],
+                        shape=shape_class(call),
+                        kernel=launch.kernel,
+                        count=count,
+                        grid=launch.grid,
+                        shared_bytes=launch.shared_bytes,
+                        resident_blocks=int(terms.pop("resident")),
+                        megabytes=here / 1e6,
+                        gflops=flops / 1e9,
+                        **terms,
+                    )
+                )
+        return rows
+
+
+def _empty(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_empty(one) for one in value]
+    return value.empty() if isinstance(value, Spec) else value
+
+
+def _own_row(device: Device, call: Call, count: int) -> Row:
+    moved = sum(spec.bytes for spec in call.specs())
+    # a multi-tensor kernel of PyTorch takes some of its list at once
+    tensors = max((len(a) for a in call.arguments if isinstance(a, tuple)), default=1)
+    foreach = call.operator.startswith("aten::_foreach")
+    launches = math.ceil(tensors / FOREACH_TENSORS) if foreach else 1
+    floor = max(moved / device.bandwidth, call.flops / PEAK_FLOPS[device.name])
+    return Row(
+        operator=f"PyTorch {call.operator.split('::')[1]}",
+        shape=shape_class(call),
+        kernel="",
+        count=count * launches,
+        grid=(0, 0, 0),
+        shared_bytes=0,
+        resident_blocks=0,
+        waves=0,
+        megabytes=moved / launches / 1e6,
+        gflops=call.flops / 1e9,
+        floor=floor / launches,
+        bytes=floor / launches,
+        tensor=0,
+        issue=0,
+        latency=0,
+        merge=0,
+        predicted=max(floor / launches, LAUNCH),
+    )
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def total(rows: Iterable[Row], of: str = "predicted") -> float:
+    return sum(row.count * getattr(row, of) for row in rows)
+
+
+def static_table(kernels: dict[str, Kernel]) -> list[str]:
+    lines = [
+        "| kernel | registers | spilled bytes | main loop: instructions | tensor | operands |"
+        " other loads | instructions a copied piece |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, kernel in sorted(kernels.items()):
+        loop = kernel.main_loop
+        tensor = loop.count("HMMA") or "-"
+        if not loop.count("HMMA") and loop.count("FFMA"):
+            tensor = f"{loop.count('FFMA')} FFMA"
+        operands = [f"{loop.count('LDSM')} LDSM x4"] if loop.count("LDSM") else []
+        others = Counter(
+            f"{i.name}.{i.bits}" for i in loop.instructions if i.name in ("LDS", "LDG", "LDGSTS")
+        )
+        copy = kernel.per_unit("LDGSTS", 128)
+        short = name.replace("preact::cuda::", "")
+        short = short.replace("(preact::Activation)0", "relu").replace(
+            "(preact::Activation)1", "silu"
+        )
+        cells = [
+            f"`{short}`",
+            kernel.registers,
+            kernel.spill_bytes,
+            len(loop.instructions),
+            tensor,
+            ", ".join(operands) or "-",
+            ", ".join(f"{n} {what}" for what, n in sorted(others.items())) or "-",
+            f"{copy:.0f}" if copy else "-",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def step_table(rows: list[Row]) -> list[str]:
+    whole = total(rows)
+    lines = [
+        "| operator | shape | launches | grid | shared | resident | waves | MB | GFLOP | floor |"
+        " bytes | tensor | issue | latency | merge | predicted | bound by | share |",
+        "|" + "---|" * 18,
+    ]
+    ours = [row for row in rows if row.kernel]
+    for row in sorted(ours, key=lambda row: -row.count * row.predicted):
+        name = "reduce_splits" if "reduce_splits" in row.kernel else row.operator
+        times = (row.floor, row.bytes, row.tensor, row.issue, row.latency, row.merge, row.predicted)
+        cells = [
+            name,
+            row.shape,
+            row.count,
+            "x".join(map(str, row.grid)),
+            row.shared_bytes,
+            row.resident_blocks,
+            f"{row.waves:.2f}",
+            f"{row.megabytes:.1f}",
+            f"{row.gflops:.2f}",
+            *(f"{1e6 * seconds:.1f}" for seconds in times),
+            row.bound,
+            f"{100 * row.count * row.predicted / whole:.1f}%",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def operator_table(rows: list[Row]) -> list[str]:
+    lines = [
+        "| operator | launches | floor, ms | predicted, ms | of it merges, ms |",
+        "|---|---|---|---|---|",
+    ]
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.operator].append(row)
+    for name, group in sorted(groups.items(), key=lambda item: -total(item[1])):
+        cells = [name, sum(row.count for row in group)]
+        cells += [f"{1e3 * total(group, of):.2f}" for of in ("floor", "predicted", "merge")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def markdown(device: Device, kernels: dict[str, Kernel], steps: dict[str, list[Row]]) -> str:
+    lines = [
+        f"# {device.name}: predicted times of the CUDA kernels",
+        "",
+        "Every time here is a prediction by `benchmarks/kernel_report.py`; no GPU gave any.",
+        "How a launch is predicted, and what is assumed, stands at the end.",
+        "",
+        "| training step, bfloat16 | launches | floor, ms | predicted, ms | asked for on an H100 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, rows in steps.items():
+        batch, goal = STEPS[name][1][0], STEPS[name][2]
+        count, floor = sum(row.count for row in rows), 1e3 * total(rows, "floor")
+        predicted = 1e3 * total(rows)
+        lines.append(f"| {name}, {batch} | {count} | {floor:.1f} | {predicted:.1f} | {goal} |")
+    for name, rows in steps.items():
+        lines += ["", f"## {name}", "", "By operator:", "", *operator_table(rows)]
+        lines += ["", "By launch; times in microseconds:", "", *step_table(rows)]
+    lines += ["", "## The kernels' code", "", *static_table(kernels), "", "## The model", ""]
+    lines += [line.strip() for line in (__doc__ or "").split("A launch is")[1:]]
+    figures = ", ".join(
+        f"{key} {value:g}"
+        for key, value in asdict(device).items()
+        if key not in ("name", "architecture")
+    )
+    lines += ["", figures, SOURCES]
+    text = "\n".join(lines)
+    return text.replace("predicted to take", "A launch is predicted to take", 1)
+
+
+def main(folder: Path) -> None:
+    missing = [name for name, found in (("nvcc", nvcc()), ("cuobjdump", cuobjdump())) if not found]
+    if missing:
+        raise SystemExit(f"kernel_report.py needs {' and '.join(missing)}")
+    known = known_architectures()
+    devices = [device for device in DEVICES if device.architecture in known]
+    for architecture in set(ARCHITECTURES) - set(known):
+        print(f"not in the report: this nvcc does not know sm_{architecture}")
+    folder.mkdir(parents=True, exist_ok=True)
+    calls = {name: step_calls(network, shape) for name, (network, shape, _) in STEPS.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        kernels: dict[str, dict[str, Kernel]] = defaultdict(dict)
+        for (architecture, file), built in compile_cubins(Path(temporary), KERNELS, known).items():
+            kernels[architecture] |= read_kernels(file, *built)
+        library = build(Path(temporary) / "emulator", "preact_report")
+        report = Report(kernels, Emulator(library, "preact_report"))
+        data: dict[str, Any] = {}
+        for device in devices:
+            steps = {name: report.step(device, calls[name]) for name in calls}
+            of_device = kernels[device.architecture]
+            path = folder / f"{device.name.lower()}.md"
+            path.write_text(markdown(device, of_device, steps))
+            data[device.name] = {
+                "device": asdict(device),
+                "steps": {
+                    name: {
+                        "launches": sum(row.count for row in rows),
+                        "predicted_seconds": total(rows),
+                        "floor_seconds": total(rows, "floor"),
+                        "rows": [asdict(row) for row in rows],
+                    }
+                    for name, rows in steps.items()
+                },
+                "kernels": {
+                    name: {"registers": k.registers, "spill_bytes": k.spill_bytes}
+                    for name, k in of_device.items()
+                },
+            }
+            for name, rows in steps.items():
+                print(f"{device.name} {name}: predicted {1e3 * total(rows):.1f} ms")
+    (folder / "kernels.json").write_text(json.dumps({"predictions": data}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)

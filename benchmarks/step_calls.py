@@ -1,0 +1,110 @@
+"""The operator calls of a training step, taken from the model itself, on tensors without data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from measure import count_flops
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor but for its data."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    operator: str  # "fused_preact::bn_stats"
+    arguments: tuple[Any, ...]  # a Spec for each tensor; lists are tuples
+    results: tuple[Spec, ...]
+    flops: int  # of PyTorch's own convolutions and products
+
+    def specs(self) -> list[Spec]:
+        """Of all tensors, arguments first."""
+        leaves = tree_leaves((self.arguments, self.results))
+        return [leaf for leaf in leaves if isinstance(leaf, Spec)]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if _launches(function):
+            specs = tree_map(_spec, (*args, *kwargs.values()))
+            results = tuple(_spec(t) for t in tree_leaves(output) if isinstance(t, Tensor))
+            flops = 0
+            if function.namespace == "aten":
+                flops = count_flops(function, args, kwargs, output)
+            self.calls.append(Call(function._schema.name, _frozen(specs), results, flops))
+        return output
+
+
+def step_calls(build: Callable[[], nn.Module], shape: tuple[int, int, int, int]) -> list[Call]:
+    """Of a training step of build()'s model on images of a shape: autocast to bfloat16, SGD.
+
+    The step is the second one, when the optimiser's state exists.
+    """
+    model = build().to(memory_format=torch.channels_last).train()
+    fake = FakeTensorMode()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(fake.from_tensor(parameter.detach()))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake.from_tensor(buffer)
+    with fake:
+        images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
+        labels = torch.empty(shape[0], dtype=torch.long)
+        # foreach: the default on a GPU
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=True
+        )
+        for _ in range(2):
+            with _Recorder() as recorder:
+                with torch.autocast("cpu", torch.bfloat16):
+                    output = model(images)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(output.float(), labels).backward()
+                optimizer.step()
+    return recorder.calls
+
+
+def _launches(function: Any) -> bool:
+    """Whether an operator has work for a GPU: no views, no empty tensors, no bookkeeping."""
+    name = function._schema.name.split("::")[1]
+    if function.namespace not in ("aten", "fused_preact") or function.is_view:
+        return False
+    return not (
+        name.startswith(("empty", "new_empty", "detach", "_to_view")) or name == "as_strided_"
+    )
+
+
+def _spec(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Spec(tuple(value.shape), tuple(value.stride()), value.dtype)
+    return value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
