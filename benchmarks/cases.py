@@ -134,29 +134,26 @@ def all_cases(device: str) -> list[OperatorCase | Case]:
 
 
 def _units(batches: dict[str, int]) -> list[Case]:
+    """Named KIND-PLANESxSIZE, the size of the input's images."""
     bottleneck, basic = fused_preact.PreActBottleneck, fused_preact.PreActBlock
-    kinds = [  # kind, batch, unit, stride, channels in, planes, size, quick
-        *(
-            ("bottleneck", "bottleneck", bottleneck, 1, 4 * planes, planes, size, True)
-            for size, planes in ((32, 16), (16, 32), (8, 64))
-        ),
-        *(
-            ("projection", "bottleneck", bottleneck, 2, in_planes, planes, size, False)
-            for size, planes, in_planes in ((32, 32, 64), (16, 64, 128))
-        ),
-        *(
-            ("bottleneck", "imagenet", bottleneck, 1, 4 * planes, planes, size, False)
-            for size, planes in ((56, 64), (28, 128), (14, 256), (7, 512))
-        ),
-        *(
-            ("basic", "basic", basic, 1, planes, planes, size, planes < 256)
-            for size, planes in ((32, 64), (16, 128), (8, 256), (4, 512))
-        ),
-        *(
-            ("basic", "basic", basic, 1, planes, planes, size, False)
-            for size, planes in ((32, 160), (16, 320), (8, 640))
-        ),
-    ]
+    units = []  # kind, batch, unit, channels in, planes, size, stride, quick
+    for size, planes in ((32, 16), (16, 32), (8, 64)):
+        units.append(("bottleneck", "bottleneck", bottleneck, 4 * planes, planes, size, 1, True))
+    for size, planes in ((56, 64), (28, 128), (14, 256), (7, 512)):
+        units.append(("bottleneck", "imagenet", bottleneck, 4 * planes, planes, size, 1, False))
+    for size, planes in ((32, 64), (16, 128), (8, 256), (4, 512)):
+        units.append(("basic", "basic", basic, planes, planes, size, 1, planes < 256))
+    for size, planes in ((32, 160), (16, 320), (8, 640)):
+        units.append(("basic", "basic", basic, planes, planes, size, 1, False))
+    for size, planes in ((32, 32), (16, 64)):
+        unit = "bottleneck", bottleneck, 2 * planes, planes, size, 2, False
+        units.append(("projection-bottleneck", *unit))
+    for size, planes in ((56, 128), (28, 256), (14, 512)):
+        unit = "imagenet", bottleneck, 2 * planes, planes, size, 2, False
+        units.append(("projection-bottleneck", *unit))
+    for size, planes in ((32, 128), (16, 256), (8, 512), (32, 320), (16, 640)):
+        unit = "basic", basic, planes // 2, planes, size, 2, False
+        units.append(("projection-basic", *unit))
     return [
         Case(
             f"{kind}-{planes}x{size}",
@@ -166,7 +163,7 @@ def _units(batches: dict[str, int]) -> list[Case]:
             passes,
             quick and passes != "forward",
         )
-        for kind, batch, unit, stride, in_planes, planes, size, quick in kinds
+        for kind, batch, unit, in_planes, planes, size, stride, quick in units
         for passes in ("forward", "forward+backward")
     ]
 

@@ -44,6 +44,7 @@ class Contender:
 
 EAGER = Contender("eager")
 REFERENCE = Contender("reference", "reference")
+PLANNED = Contender("auto", "auto", note="the planner's choice, what users get")
 NCHW = Contender("eager NCHW", memory_format=torch.contiguous_format)
 COMPILE = Contender("compile", compiled="default")
 UNITS_NOTE = "compiled unit by unit, as the whole graph takes too long"
@@ -70,14 +71,16 @@ def our_backends(device: str) -> tuple[str, ...]:
 def contenders(
     case: Any, device: str, backends: Sequence[str], full: bool
 ) -> tuple[Contender, ...]:
-    """Everybody who runs case, eager first.
+    """Everybody who runs case, eager first; backends are those of our_backends().
 
     Operators meet their eager counterpart alone, units all layouts and torch.compile. Networks
-    take minutes to compile, and max-autotune takes minutes for anything: with full only.
+    take minutes to compile, and max-autotune takes minutes for anything: with full only. Of ours
+    there is what users get, the planner's choice, with full each backend as well.
     """
     ours = [Contender(name, name) for name in backends]
     if case.group == "operator":
         return EAGER, *ours
+    ours = [PLANNED, *(ours if full else ())]
     chosen = [EAGER]
     if case.group == "unit" or full:
         chosen += [NCHW, COMPILE_UNITS if case.deep else COMPILE]

@@ -1,4 +1,4 @@
-"""The eight operators, each beside what PyTorch's own layers run in its place.
+"""The nine operators, each beside what PyTorch's own layers run in its place.
 
 Shapes are those of the stages of the CIFAR and ImageNet networks: a bottleneck's 1x1 in, 3x3 and
 1x1 out, and a basic unit's 3x3. All are of stride 1, as all but two units of a stage's are.
@@ -65,8 +65,11 @@ class OperatorCase:
             arguments = [operator.arguments(operands) for operands in rotation]
 
         def step(index: int) -> Results:
+            given = arguments[index % len(arguments)]
             with torch.no_grad():
-                results = run(*arguments[index % len(arguments)])
+                results = run(*given)
+            if results is None:  # bn_update_running, which writes to its first arguments
+                return [*given[0], *given[1]]
             return list(results) if isinstance(results, tuple | list) else [results]
 
         return step
@@ -85,6 +88,7 @@ class _Operands(NamedTuple):
     beta: Tensor
     stats: Tensor
     affine: Tensor
+    running: tuple[list[Tensor], list[Tensor]]  # means and variances of a unit's BatchNorms
     h: Tensor  # what eager saves for the backward pass
     weight: Tensor
     residual: Tensor | None
@@ -120,6 +124,7 @@ def _operands(
         beta,
         stats,
         affine,
+        ([random(c, of=acc) for _ in range(3)], [torch.ones_like(beta) for _ in range(3)]),
         reference.bn_relu_forward(input, affine, "relu"),
         weight,
         random(n, k, height, width) if case.residual else None,
@@ -137,6 +142,17 @@ def _operands(
 def _eager_bn_stats(o: _Operands) -> Results:
     running = torch.zeros_like(o.gamma), torch.ones_like(o.gamma)
     return [torch.stack(torch.batch_norm_update_stats(o.input, *running, 0.1))]
+
+
+def _updates(o: _Operands) -> tuple[Any, ...]:
+    """Arguments of bn_update_running for a bottleneck of three BatchNorms."""
+    values = o.input.numel() // o.input.shape[1]
+    return *o.running, [o.stats] * 3, [0.1] * 3, [values] * 3
+
+
+def _eager_bn_update_running(o: _Operands) -> Results:
+    reference.bn_update_running(*_updates(o))
+    return [*o.running[0], *o.running[1]]
 
 
 def _eager_bn_relu(o: _Operands) -> Results:
@@ -197,6 +213,12 @@ OPERATORS = {
         "the vector operations that it is made of",
         lambda o: [reference.bn_affine(o.stats, o.gamma, o.beta, EPS)],
         lambda o: (o.stats, o.gamma, o.beta, EPS),
+    ),
+    "bn_update_running": _Operator(
+        "forward",
+        "lerp_ of mean and variance, for the three BatchNorms of a bottleneck",
+        _eager_bn_update_running,
+        _updates,
     ),
     "bn_relu_forward": _Operator(
         "forward",
