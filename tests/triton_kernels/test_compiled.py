@@ -48,6 +48,20 @@ def test_convolutions(target, name, tmp_path):
         assert machine.shared <= SHARED_MEMORY[target], machine.name
 
 
+def test_transformed_operand_comes_from_registers(tmp_path):
+    """wgmma's first operand: h in forward, dy where BatchNorm's backward pass is finished."""
+    with compiling("sm_90") as kernels:
+        convolution(*CONVOLUTIONS["3x3 bfloat16"])
+    machines = [Machine("sm_90", kernel, tmp_path) for kernel in kernels]
+    transforming = [m for m in machines if m.name.startswith("preact_conv")][:4]
+    assert [machine.name.split("_")[2] for machine in transforming] == [
+        *("forward", "forward", "dgrad", "wgrad")
+    ]
+    for machine in transforming:
+        assert machine.multiplies_with(r"HGMMA\S* R\d+, R\d+, gdesc"), machine.name
+        assert not machine.multiplies_with(r"HGMMA\S* R\d+, gdesc"), machine.name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_operators(target, dtype, tmp_path):
