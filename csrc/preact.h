@@ -110,6 +110,14 @@ void bn_relu_backward(const Runtime& runtime, Dtype dtype, const ImageShape& sha
                       void* g,             // [N, H, W, C]
                       void* sums);         // [2, C] or null
 
+// What bn_affine is asked for, of statistics that are on their way.
+struct NextAffine {
+  const void* weight;  // [K] or null: 1
+  const void* bias;    // [K] or null: 0
+  double eps;
+  void* affine;  // [4, K] or null
+};
+
 struct PreactConvForward {
   Dtype dtype;
   ConvShape shape;
@@ -121,6 +129,7 @@ struct PreactConvForward {
   void* output;             // [N, P, Q, K]
   void* stats;              // [2, K] or null
   bool allow_tf32 = false;  // CUDA: float32 may be rounded to TF32 as it is multiplied
+  NextAffine next = {};     // of the BatchNorm that reads output, by its stats
 };
 void preact_conv_forward(const Runtime& runtime, const PreactConvForward& op);
 

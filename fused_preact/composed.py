@@ -37,14 +37,19 @@ class Composed:
         activation: str,
         with_stats: bool,
         allow_tf32: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        next_weight: Tensor | None = None,
+        next_bias: Tensor | None = None,
+        next_eps: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(input.device.type, enabled=False):
             h = self._activated(input, affine, activation)
             output = _channels_last(reference.conv2d(h, weight, stride, padding, dilation, groups))
         if residual is not None:
             output = output.add_(residual)
         stats = self.kernels.bn_stats(output) if with_stats else _no_channels(input)
-        return output, stats
+        if next_eps is None:
+            return output, stats, _no_channels(input, 4)
+        return output, stats, self.kernels.bn_affine(stats, next_weight, next_bias, next_eps)
 
     def preact_conv_dgrad(
         self,
@@ -153,5 +158,5 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _no_channels(input: Tensor) -> Tensor:
-    return input.new_empty((2, 0), dtype=reference.accumulator(input.dtype))
+def _no_channels(input: Tensor, rows: int = 2) -> Tensor:
+    return input.new_empty((rows, 0), dtype=reference.accumulator(input.dtype))

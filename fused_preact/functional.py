@@ -235,17 +235,18 @@ class _PreActUnit(Function):
         op = config.operators
         weights, bn_weights, bn_biases, given_stats = (tensors[k::4] for k in range(4))
         last = len(weights) - 1
-        u, stats = input, None
+        bns = list(zip(bn_weights, bn_biases, config.eps, strict=True))
+        u, affine = input, _affine(op, given_stats[0], *bns[0])
         inputs, affines, all_stats = [], [], []
         for i, weight in enumerate(weights):
-            if given_stats[i] is not None:
-                stats = given_stats[i]
-            affine = _affine(op, stats, bn_weights[i], bn_biases[i], config.eps[i])
             inputs.append(u)
             affines.append(affine)
             if i == last and config.shortcut is not None:
                 residual = _shortcut(config, input, affines[0], projection)
-            u, stats = config.convs[i].preact_conv_forward(
+            next_bn = ()
+            if i < last and config.batch_stats[i + 1]:
+                next_bn = _bn_arguments(reference.accumulator(input.dtype), *bns[i + 1])
+            u, stats, affine = config.convs[i].preact_conv_forward(
                 u,
                 affine,
                 weight.to(input.dtype),
@@ -254,8 +255,11 @@ class _PreActUnit(Function):
                 config.activation,
                 config.hands_on if i == last else config.batch_stats[i + 1],
                 config.allow_tf32,
+                *next_bn,
             )
             all_stats.append(stats)
+            if i < last and not next_bn:
+                affine = _affine(op, given_stats[i + 1], *bns[i + 1])
         ctx.config = config
         ctx.save_for_backward(projection, *inputs, *affines, *weights)
         ctx.mark_non_differentiable(*all_stats)
@@ -449,9 +453,13 @@ def _once(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
 def _affine(op, stats, weight, bias, eps):
     if eps is None:
         return None
-    weight = None if weight is None else weight.to(stats.dtype)
-    bias = None if bias is None else bias.to(stats.dtype)
-    return op.bn_affine(stats, weight, bias, eps)
+    return op.bn_affine(stats, *_bn_arguments(stats.dtype, weight, bias, eps))
+
+
+def _bn_arguments(dtype, weight, bias, eps):
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return weight, bias, eps
 
 
 # --- statistics ----------------------------------------------------------------------------------

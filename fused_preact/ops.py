@@ -310,10 +310,14 @@ def _(
     activation,
     with_stats,
     allow_tf32=False,
+    next_weight=None,
+    next_bias=None,
+    next_eps=None,
 ):
     size = output_size(input.shape, weight.shape[2:], stride, padding, dilation)
     output = _activations(input, (input.shape[0], weight.shape[0], *size))
-    return output, _vectors(input, 2, weight.shape[0] if with_stats else 0)
+    stats = _vectors(input, 2, weight.shape[0] if with_stats else 0)
+    return output, stats, _vectors(input, 4, 0 if next_eps is None else weight.shape[0])
 
 
 @_fake("preact_conv_dgrad")

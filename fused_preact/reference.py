@@ -90,11 +90,15 @@ def preact_conv_forward(
     activation: str,
     with_stats: bool,
     allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """y = conv(h, weight) + residual and the statistics of y, h = bn_relu_forward(input).
+    next_weight: Tensor | None = None,
+    next_bias: Tensor | None = None,
+    next_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = conv(h, weight) + residual, its statistics, and bn_affine of these for who reads y.
 
-    padding is (top, bottom, left, right) and zero in h. Without affine, h is input itself.
-    Without with_stats the second result is empty, (2, 0).
+    h = bn_relu_forward(input), or without affine input itself. padding is (top, bottom, left,
+    right) and zero in h. Without with_stats the second result is empty, (2, 0), without next_eps
+    the third, (4, 0).
     """
     h = input if affine is None else bn_relu_forward(input, affine, activation)
     with torch.autocast(input.device.type, enabled=False):
@@ -102,7 +106,10 @@ def preact_conv_forward(
     if residual is not None:
         output = output + residual
     output = _channels_last(output)
-    return output, bn_stats(output) if with_stats else _no_channels(input)
+    stats = bn_stats(output) if with_stats else _no_channels(input)
+    if next_eps is None:
+        return output, stats, _no_channels(input, 4)
+    return output, stats, bn_affine(stats, next_weight, next_bias, next_eps)
 
 
 def preact_conv_dgrad(
@@ -244,8 +251,8 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _no_channels(input: Tensor) -> Tensor:
-    return input.new_empty((2, 0), dtype=accumulator(input.dtype))
+def _no_channels(input: Tensor, rows: int = 2) -> Tensor:
+    return input.new_empty((rows, 0), dtype=accumulator(input.dtype))
 
 
 # --- the eager layers ----------------------------------------------------------------------------

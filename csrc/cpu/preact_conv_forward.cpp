@@ -70,6 +70,9 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
     }
   });
   if (op.stats) moments.finish(static_cast<A*>(op.stats));
+  if (op.next.affine)
+    bn_affine(std::is_same_v<A, double> ? Dtype::kFloat64 : Dtype::kFloat32, k, op.stats,
+              op.next.weight, op.next.bias, op.next.eps, op.next.affine);
 }
 
 }  // namespace

@@ -25,6 +25,28 @@ PREACT_DEVICE float slope(float z) {
   return sigmoid * (1.f + z * (1.f - sigmoid));
 }
 
+// Where BatchNorm's affine [4, C] goes, and what it is made of beside the statistics.
+struct AffineMaker {
+  const float* weight;  // [C] or null: 1
+  const float* bias;    // [C] or null: 0
+  double eps;
+  float* affine;  // [4, C] or null
+
+  AffineMaker(const void* weight, const void* bias, double eps, void* affine)
+      : weight(static_cast<const float*>(weight)),
+        bias(static_cast<const float*>(bias)),
+        eps(eps),
+        affine(static_cast<float*>(affine)) {}
+
+  PREACT_DEVICE void make(int64_t channels, int64_t c, float mean, float variance) const {
+    const float rstd = static_cast<float>(1 / sqrt(variance + eps));
+    store(affine + c, mean);
+    store(affine + channels + c, rstd);
+    store(affine + 2 * channels + c, weight ? load(weight + c) * rstd : rstd);
+    store(affine + 3 * channels + c, bias ? load(bias + c) : 0.f);
+  }
+};
+
 // The rows mean, scale and shift of an affine [4, C] for the piece from channel `first`.
 struct Affine {
   Piece mean, scale, shift;

@@ -1,5 +1,5 @@
 // preact_conv_forward: y = conv(h, W) + residual, h = act(scale * (u - mean) + shift), and the mean
-// and variance of y.
+// and variance of y, with the affine of the BatchNorm that reads it.
 // Reads u [M, C] once for each 64 output channels (from the cache after the first) with the halo of
 // its patches, the residual [M', K], the weights; writes y [M', K]. FLOPs 2*M'*K*C*R*S.
 #include "conv_tiles.cuh"
@@ -41,13 +41,16 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_forward_kernel(
     const ConvTiling tiling, const Axis rows, const Axis columns,
     const Activated<T, kActivation> source, const Weight weight, const ForwardEpilogue<T> epilogue,
     const ReductionMemory memory,
-    float* stats) {  // [2, K] or null
+    float* stats,  // [2, K] or null
+    const AffineMaker next) {
   const int64_t k = tiling.output_channels;
   const float pixels = static_cast<float>(tiling.images * rows.outputs * columns.outputs);
   conv_tiles<T, false>(tiling, rows, columns, source, weight, epilogue.channels, rows.outputs,
                        columns.outputs, epilogue, memory, [&](int64_t c, const Moments& total) {
-                         store(stats + c, total.mean());
-                         store(stats + k + c, total.squares / pixels);
+                         const float mean = total.mean(), variance = total.squares / pixels;
+                         store(stats + c, mean);
+                         store(stats + k + c, variance);
+                         if (next.affine) next.make(k, c, mean, variance);
                        });
 }
 
@@ -76,7 +79,8 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
                                       static_cast<T*>(op.output)};
     launch("preact_conv_forward", preact_conv_forward_kernel<T, kActivation>, grid, kConvThreads,
            tiling.shared.total, runtime.device, runtime.stream, tiling, rows, columns, source,
-           op.weight, epilogue, memory, static_cast<float*>(op.stats));
+           op.weight, epilogue, memory, static_cast<float*>(op.stats),
+           AffineMaker(op.next.weight, op.next.bias, op.next.eps, op.next.affine));
   });
 }
 

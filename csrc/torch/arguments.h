@@ -113,6 +113,14 @@ inline Tensor vectors(const char* name, const Tensor& tensor, const Tensor& inpu
   return torch::stable::contiguous(tensor);
 }
 
+// likewise, [channels]
+inline Tensor vector(const char* name, const Tensor& tensor, const Tensor& input,
+                     int64_t channels) {
+  check_shape(name, tensor, {channels});
+  check_dtype(name, tensor, accumulator_of(input));
+  return torch::stable::contiguous(tensor);
+}
+
 template <typename Check, typename... Arguments>
 OptionalTensor optional(Check check, const char* name, const OptionalTensor& tensor,
                         const Arguments&... arguments) {

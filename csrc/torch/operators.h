@@ -41,13 +41,9 @@ struct Operators {
     check(sizes.size() == 2 && sizes[0] == 2, "stats: expected shape (2, C), got ", text(sizes));
     const Dtype dtype = dtype_of<Device>(stats);
     check(dtype != Dtype::kBFloat16, "stats: expected float32 or float64, got bfloat16");
-    const auto vector = [&](const char* name, const Tensor& tensor) {
-      check_shape(name, tensor, {sizes[1]});
-      check_dtype(name, tensor, stats.scalar_type());
-      return torch::stable::contiguous(tensor);
-    };
     const Tensor s = torch::stable::contiguous(stats);
-    const OptionalTensor w = optional(vector, "weight", weight), b = optional(vector, "bias", bias);
+    const OptionalTensor w = optional(vector, "weight", weight, stats, sizes[1]);
+    const OptionalTensor b = optional(vector, "bias", bias, stats, sizes[1]);
     const Tensor affine = new_vectors(stats, 4, sizes[1]);
     Device device(stats);
     preact::bn_affine(device.runtime(), dtype, sizes[1], data(s), data(w), data(b), eps,
@@ -115,10 +111,12 @@ struct Operators {
     return {g, sums};
   }
 
-  static std::tuple<Tensor, Tensor> preact_conv_forward(
+  static std::tuple<Tensor, Tensor, Tensor> preact_conv_forward(
       const Tensor& input, const OptionalTensor& affine, const Tensor& weight,
       const OptionalTensor& residual, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-      std::string activation_name, bool with_stats, bool allow_tf32) {
+      std::string activation_name, bool with_stats, bool allow_tf32,
+      const OptionalTensor& next_weight, const OptionalTensor& next_bias,
+      std::optional<double> next_eps) {
     const Dtype dtype = dtype_of<Device>(input);
     const int64_t channels = image_shape(input).channels;
     const Weight w = weight_of(weight, input, channels);
@@ -129,12 +127,26 @@ struct Operators {
     const OptionalTensor a = optional(vectors, "affine", affine, input, int64_t{4}, channels);
     const OptionalTensor added = optional(activation, "residual", residual, input, shape.output);
     const Tensor output = new_activation(input, shape.output);
-    const Tensor stats = new_vectors(input, 2, with_stats ? shape.output.channels : 0);
+    const int64_t k = shape.output.channels;
+    check(with_stats || !next_eps, "next_eps: expected None without with_stats");
+    const OptionalTensor gamma = optional(vector, "next_weight", next_weight, input, k);
+    const OptionalTensor beta = optional(vector, "next_bias", next_bias, input, k);
+    const Tensor stats = new_vectors(input, 2, with_stats ? k : 0);
+    const Tensor next = new_vectors(input, 4, next_eps ? k : 0);
     Device device(input);
-    preact::preact_conv_forward(device.runtime(),
-                                {dtype, shape, act, data(u), data(a), w, data(added),
-                                 mutable_data(output), mutable_data(stats), allow_tf32});
-    return {output, stats};
+    preact::preact_conv_forward(
+        device.runtime(), {dtype,
+                           shape,
+                           act,
+                           data(u),
+                           data(a),
+                           w,
+                           data(added),
+                           mutable_data(output),
+                           mutable_data(stats),
+                           allow_tf32,
+                           {data(gamma), data(beta), next_eps.value_or(0), mutable_data(next)}});
+    return {output, stats, next};
   }
 
   static std::tuple<Tensor, Tensor> preact_conv_dgrad(
@@ -218,8 +230,8 @@ void define_operators(Library& m) {
   m.def(
       "preact_conv_forward(Tensor input, Tensor? affine, Tensor weight, Tensor? residual, "
       "int[] stride, int[] padding, int[] dilation, int groups, str activation, bool with_stats, "
-      "bool allow_tf32=False) "
-      "-> (Tensor, Tensor)");
+      "bool allow_tf32=False, Tensor? next_weight=None, Tensor? next_bias=None, "
+      "float? next_eps=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "preact_conv_dgrad(Tensor grad, Tensor? output, Tensor? output_affine, Tensor? output_sums, "
       "Tensor weight, Tensor input, Tensor? affine, Tensor? addend, int[] stride, int[] padding, "

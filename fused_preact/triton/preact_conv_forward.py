@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .bn_affine import bn_affine
 from .conv import shape_of
 from .launch import activations, cdiv, dot_precision, launch, nhwc, operator, vectors
 from .reduce import merge_moments
@@ -95,7 +96,10 @@ def preact_conv_forward(
     activation: str,
     with_stats: bool,
     allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor]:
+    next_weight: Tensor | None = None,
+    next_bias: Tensor | None = None,
+    next_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     input, weight = nhwc(input), nhwc(weight)
     channels, _, *kernel_size = weight.shape
     conv, size, geometry = shape_of(
@@ -126,5 +130,8 @@ def preact_conv_forward(
         **options,
     )
     if moments is None:
-        return output, vectors(input, 2, 0)
-    return output, merge_moments(moments, rows, options["BLOCK_M"])
+        return output, vectors(input, 2, 0), vectors(input, 4, 0)
+    stats = merge_moments(moments, rows, options["BLOCK_M"])
+    if next_eps is None:
+        return output, stats, vectors(input, 4, 0)
+    return output, stats, bn_affine(stats, next_weight, next_bias, next_eps)

@@ -71,7 +71,9 @@ def run(
     gamma, beta = vectors(2, c)
     affine = reference.bn_affine(stats, gamma, beta, 1e-5)
     geometry = (shape.stride, shape.padding, (1, 1), 1)
-    y, y_stats = reference.preact_conv_forward(u, affine, weight, None, *geometry, activation, True)
+    y, y_stats, _ = reference.preact_conv_forward(
+        u, affine, weight, None, *geometry, activation, True
+    )
     g, residual = images(k, *y.shape[2:]), images(k, *y.shape[2:])
     addend, dh = images(c, shape.height, shape.width), images(c, shape.height, shape.width)
     output_affine = reference.bn_affine(y_stats, vectors(1, k)[0], None, 1e-5)
@@ -79,6 +81,9 @@ def run(
     deferred = (g, y, output_affine, output_sums) if whole else (g, None, None, None)
     bn = affine if whole else None
 
+    next_bn = {}
+    if whole:
+        next_bn = {"next_weight": vectors(1, k)[0], "next_bias": vectors(1, k)[0], "next_eps": 1e-5}
     u, g, weight, tf32 = factor(u), factor(g), factor(weight), {"allow_tf32": allow_tf32}
     deferred = (g, *deferred[1:])
     results = {
@@ -95,7 +100,10 @@ def run(
     pairs = {
         "bn_relu_backward": operators.bn_relu_backward(dh, u, affine, activation, whole),
         "preact_conv_forward": operators.preact_conv_forward(
-            u, bn, weight, residual if whole else None, *geometry, activation, whole, **tf32
+            *(u, bn, weight, residual if whole else None),
+            *(*geometry, activation, whole),
+            **tf32,
+            **next_bn,
         ),
         "preact_conv_dgrad": operators.preact_conv_dgrad(
             *(*deferred, weight, u, bn, addend if whole else None),
@@ -103,6 +111,7 @@ def run(
             **tf32,
         ),
     }
-    for name, (activations, reduced) in pairs.items():
-        results |= {name: activations, f"{name} (reduced)": reduced}
+    for name, (activations, *reduced) in pairs.items():
+        results |= {name: activations}
+        results |= {f"{name} ({i})": vectors for i, vectors in enumerate(reduced)}
     return results

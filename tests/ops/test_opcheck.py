@@ -58,6 +58,8 @@ def test_preact_conv_forward(absent, name, check):
     o = _operands(check, name)
     affine, residual = (None, None) if absent else (o.affine, o.residual)
     rest = *o.geometry, "relu", not absent
+    if not absent:
+        rest = *rest, False, *torch.randn(2, o.weight.shape[0]).to(o.affine.dtype), 1e-5
     check("preact_conv_forward", o.input, affine, o.weight, residual, *rest)
 
 

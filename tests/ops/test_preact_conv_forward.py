@@ -44,12 +44,12 @@ def test_statistics_are_those_of_the_output(name, dtype, operators):
     """
     o = operands(dtype, *GEOMETRIES[name])
     args = o.input, o.affine, o.weight, o.residual, *o.geometry, "relu"
-    output, stats = operators.preact_conv_forward(*args, True)
-    plain, none = operators.preact_conv_forward(*args, False)
+    output, stats, no_affine = operators.preact_conv_forward(*args, True)
+    plain, none, _ = operators.preact_conv_forward(*args, False)
     mean, var = reference.bn_stats(output.double())
     eps = torch.finfo(stats.dtype).eps * (8 if dtype == torch.float64 else 1)
     spacing = eps * (mean.abs() + var.sqrt())
-    assert torch.equal(output, plain) and none.shape == (2, 0)
+    assert torch.equal(output, plain) and none.shape == (2, 0) and no_affine.shape == (4, 0)
     assert ((stats[0].double() - mean).abs() <= 8 * spacing).all()
     merged = spacing / 8 * var.sqrt() if dtype == torch.float64 else 0
     assert ((stats[1].double() - var).abs() <= 16 * eps * var + spacing.square() + merged).all()
@@ -63,11 +63,24 @@ def test_mean_far_from_zero(dtype, operators):
     args = o.input, o.affine, o.weight, o.residual, *o.geometry, "relu", False
     assert_operator_rule(operators, "preact_conv_forward", dtype, *args)
     residual = (o.residual + mean).contiguous(memory_format=torch.channels_last)
-    output, stats = operators.preact_conv_forward(
+    output, stats, _ = operators.preact_conv_forward(
         o.input, o.affine, o.weight, residual, *o.geometry, "relu", True
     )
     exact = reference.bn_stats(output.double())
     torch.testing.assert_close(stats.double(), exact, rtol=4e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_next_affine_is_bn_affine_of_the_statistics(with_vectors, dtype, operators):
+    """Bit for bit what bn_affine makes of them, and nothing else changes."""
+    o = operands(dtype, *GEOMETRIES["3x3 stride 2"])
+    args = o.input, o.affine, o.weight, o.residual, *o.geometry, "relu", True, False
+    vectors = torch.randn(2, o.weight.shape[0]).to(o.affine.dtype) if with_vectors else (None, None)
+    output, stats, affine = operators.preact_conv_forward(*args, *vectors, 1e-3)
+    plain, same, _ = operators.preact_conv_forward(*args)
+    assert torch.equal(output, plain) and torch.equal(stats, same)
+    assert torch.equal(affine, operators.bn_affine(stats, *vectors, 1e-3))
 
 
 def test_padding_is_zero_after_the_activation(operators):
@@ -75,5 +88,5 @@ def test_padding_is_zero_after_the_activation(operators):
     affine = torch.tensor([[0.0], [1.0], [1.0], [5.0]])  # z = u + 5
     weight = torch.ones(1, 1, 3, 3)
     args = (torch.zeros(1, 1, 1, 1), affine, weight, None, [1, 1], [1, 1, 1, 1], [1, 1], 1, "relu")
-    output, _ = operators.preact_conv_forward(*args, False)
+    output, *_ = operators.preact_conv_forward(*args, False)
     assert output.item() == 5

@@ -88,7 +88,7 @@ def convolution(dtype, shape, channels, kernel_size, stride, padding, *, allow_t
     weight = torch.ones(channels, shape[1], *kernel_size, dtype=dtype)
     affine, output_affine = torch.ones(4, shape[1]), torch.ones(4, channels)
     rest = list(stride), list(padding), [1, 1], 1, "relu"
-    output, _ = op.preact_conv_forward(input, affine, weight, None, *rest, False, allow_tf32)
+    output, *_ = op.preact_conv_forward(input, affine, weight, None, *rest, False, allow_tf32)
     op.preact_conv_forward(input, affine, weight, output, *rest, True, allow_tf32)
     deferred = output, output, output_affine, torch.ones(2, channels)
     for grad in deferred, (output, None, None, None):
