@@ -8,9 +8,16 @@ namespace preact {
 
 constexpr int64_t kColumnBlock = 64;       // columns of a packed weight block, and of a tile call
 constexpr int64_t kTileBytes = 64 * 1024;  // of accumulators that stay in cache for the epilogue
+constexpr int64_t kTilePixels = 64;        // of a tile, at least
 constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
 constexpr int64_t kFewestPixels = 32;      // of a band
 constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
+
+// Rows of a tile of results: few enough to stay in cache, with pixels enough to read weights for.
+inline int64_t rows_of_tile(int64_t row_pixels, int64_t pixel_bytes, int64_t most) {
+  const int64_t pixels = std::max(kTileBytes / pixel_bytes, kTilePixels);
+  return std::clamp<int64_t>(pixels / row_pixels, 1, most);
+}
 
 // Whether all rows of a band are one matrix product: with stride 1 the window of one row runs into
 // that of the next, at the price of columns between them that are computed and thrown away.

@@ -83,8 +83,8 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
   const Bands bands(shape.input, kCacheBytes * stride_h / row_bytes, kMostParts, weight_bytes);
   const bool joined = stride_h == 1 && stride_w == 1 && rows_join(source_width, width, s * k * c);
   const int64_t pitch = joined ? source_width : width;  // of a tile's rows
-  const int64_t tile_rows = std::clamp<int64_t>(
-      kTileBytes / (pitch * c * static_cast<int64_t>(sizeof(A))), 1, bands.rows_per_band);
+  const int64_t tile_rows =
+      rows_of_tile(pitch, c * static_cast<int64_t>(sizeof(A)), bands.rows_per_band);
   const Tile<O, A> tile = tile_of(runtime, O{});
 
   PartialSums partial(op.sums ? bands.parts.parts : 0, c);

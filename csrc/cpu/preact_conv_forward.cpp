@@ -31,8 +31,8 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   const bool joined = window.step_height == 1 && window.step_width == 1 &&
                       rows_join(window.width, q, run_length * k);
   const int64_t pitch = joined ? window.width : q;  // of a tile's rows
-  const int64_t tile_rows = std::clamp<int64_t>(
-      kTileBytes / (pitch * k * static_cast<int64_t>(sizeof(A))), 1, bands.rows_per_band);
+  const int64_t tile_rows =
+      rows_of_tile(pitch, k * static_cast<int64_t>(sizeof(A)), bands.rows_per_band);
   const Tile<O, A> tile = tile_of(runtime, O{});
 
   PartialMoments moments(op.stats ? bands.parts.parts : 0, k);

@@ -34,8 +34,9 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
                       shape.output.pixels(), coefficients.data());
   }
 
-  // The left operand is transposed: h, or of a 1x1 convolution the one with fewer channels.
-  const bool transposes_h = r * s > 1 || c < k;
+  // The left operand is transposed: h; or of a 1x1 convolution dy, which leaves dW as it should
+  // lie, unless that is the wider one and pixels are many.
+  const bool transposes_h = r * s > 1 || (c < k && shape.output.pixels() > 4 * c);
   const int64_t product_rows = transposes_h ? c : k, product_columns = transposes_h ? k : c;
   // Columns of the window a stride apart lie in a plane of their own.
   const int64_t step = window.step_width, plane_width = ceil_div(window.width, step);
@@ -152,24 +153,25 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   });
 
   // the parts' sum, in order, into the first
+  A* const dweight = static_cast<A*>(op.dweight);
+  A* const sum = r * s == 1 && !transposes_h ? dweight : partial;  // where it lies as in dW
   const Parts chunks(ceil_div(size, kSumChunk), kMostParts);
   parallel_for(runtime, chunks.parts, [&](int64_t chunk) {
     const int64_t begin = chunks.begin(chunk) * kSumChunk;
     const int64_t end = std::min(size, chunks.end(chunk) * kSumChunk);
+    if (sum != partial) std::copy(partial + begin, partial + end, sum + begin);
     for (int64_t j = 1; j < bands.parts.parts; ++j)
-      sum_rows(partial + j * size + begin, 1, end - begin, partial + begin);
+      sum_rows(partial + j * size + begin, 1, end - begin, sum + begin);
   });
+  if (sum == dweight) return;
   // each value to its place in dW, by squares of output and source channels that stay in cache
-  const int64_t stride_k = transposes_h ? 1 : product_columns;
-  const int64_t stride_c = transposes_h ? product_columns : 1;
   const int64_t across = ceil_div(c, kSquare), squares = ceil_div(k, kSquare) * across;
   parallel_for(runtime, squares, [&](int64_t square) {
     const int64_t first_k = square / across * kSquare, first_c = square % across * kSquare;
     for (int64_t i = first_k; i < std::min(k, first_k + kSquare); ++i)
       for (int64_t j = first_c; j < std::min(c, first_c + kSquare); ++j)
         for (int64_t tap = 0; tap < r * s; ++tap)
-          static_cast<A*>(op.dweight)[(i * c + j) * r * s + tap] =
-              partial[tap * k * c + i * stride_k + j * stride_c];
+          dweight[(i * c + j) * r * s + tap] = partial[(tap * c + j) * k + i];
   });
 }
 
