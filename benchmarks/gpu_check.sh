@@ -1,41 +1,92 @@
 #!/usr/bin/env bash
-# What this machine's GPU does with the CUDA kernels: builds, tests, and writes everything to DIR.
+# What this machine's GPU does with the CUDA kernels: builds, tests, measures, and writes all to DIR.
 #   benchmarks/gpu_check.sh DIR
-# Needs nvcc, torch with CUDA, pytest, hypothesis and expecttest; no network. Ends in under 9 minutes.
+# Needs nvcc and torch with CUDA; pytest, hypothesis and expecttest for the tests, pytest-benchmark
+# for the benchmarks; no network. Ends in under 9 minutes on 16 cores. What it could not do is in
+# DIR/not_done.txt, and the exit code is 1 where a step failed.
 set -uo pipefail
+limit=530  # seconds, of all steps
 mkdir -p "${1:?usage: benchmarks/gpu_check.sh DIR}"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 : > "$out/not_done.txt"
 failed=0
 
+not_done() { echo "$1" | tee -a "$out/not_done.txt"; }
+
 # step SECONDS NAME COMMAND...: what it prints goes to NAME.log; a failure is noted, the rest goes on.
 step() {
-  local seconds=$1 name=$2 start=$SECONDS
+  local seconds=$1 name=$2 start=$SECONDS left=$((limit - SECONDS)) code
   shift 2
-  if timeout "$seconds" "$@" > "$out/$name.log" 2>&1; then
-    echo "ok      $name ($((SECONDS - start)) s)"
-  else
-    echo "FAILED  $name after $((SECONDS - start)) s, see $name.log" | tee -a "$out/not_done.txt"
-    failed=1
+  if [ "$left" -lt 10 ]; then
+    not_done "$name: no time left"
     return 1
   fi
+  timeout "$((seconds < left ? seconds : left))" "$@" > "$out/$name.log" 2>&1
+  code=$?
+  if [ $code = 0 ]; then
+    echo "ok      $name ($((SECONDS - start)) s)"
+  else
+    [ $code = 124 ] && what="out of time" || what=FAILED
+    not_done "$name: $what after $((SECONDS - start)) s, see $name.log"
+    failed=1
+  fi
+  return $code
+}
+
+# Python's modules that are not there
+missing=$(python -c '
+import importlib.util, sys
+print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
+' torch triton pytest hypothesis expecttest pytest_benchmark)
+has() {
+  local name
+  for name in "$@"; do [[ " $missing " == *" $name "* ]] && return 1; done
+  return 0
+}
+
+finish() {
+  echo "not done, or failed:"
+  sed 's/^/  /' "$out/not_done.txt"
+  exit $failed
 }
 
 step 20 machine nvidia-smi
-capability=$(python -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' \
-  2> /dev/null) || { echo "no GPU that torch sees" | tee -a "$out/not_done.txt"; exit 1; }
-# Only what this card runs, so that the build is short.
-[ "$capability" = 9.0 ] && capability=9.0a
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
-step 240 build pip install --no-build-isolation --no-deps . || exit 1
-step 30 doctor fused-preact doctor
-step 240 tests python -m pytest -m gpu tests/gpu -q -rsf --durations=10
-grep -h ^SKIPPED "$out/tests.log" >> "$out/not_done.txt"
-for tool in compute-sanitizer ncu nsys; do
-  command -v $tool > /dev/null || echo "no $tool" >> "$out/not_done.txt"
+for tool in nvcc compute-sanitizer ncu nsys; do
+  command -v $tool > /dev/null || not_done "no $tool"
 done
-echo "no benchmark of the CUDA kernels exists yet" >> "$out/not_done.txt"
-echo "not done, or failed:"
-sed 's/^/  /' "$out/not_done.txt"
-exit $failed
+for module in $missing; do not_done "no Python module $module"; done
+capability=$(python -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' \
+  2> /dev/null) || {
+  not_done "no GPU that torch sees: no build, no tests, no measurements"
+  failed=1
+  finish
+}
+
+# Only what this card runs, so that the build is short.
+case $capability in 9.0 | 10.*) capability=${capability}a ;; esac
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
+step 200 build pip install --no-build-isolation --no-deps . || {
+  not_done "nothing after the build"
+  finish
+}
+step 30 doctor fused-preact doctor
+if has pytest hypothesis expecttest; then
+  step 200 tests python -m pytest -m gpu tests/gpu -q -rsf --durations=10
+  grep -h ^SKIPPED "$out/tests.log" >> "$out/not_done.txt"
+else
+  not_done "tests: pytest, hypothesis or expecttest is missing"
+fi
+for network in R-1001 WRN-28-10; do
+  step 60 "predictions-$network" python benchmarks/predicted_and_measured.py "$network" \
+    --results "$out/predictions-$network.md"
+done
+if has pytest pytest_benchmark; then
+  # Operators first; what is left of the time goes to units. The whole set takes longer than this.
+  step 90 operators fused-preact bench -k operator --results "$out/operators.json"
+  step 90 units fused-preact bench -k unit --results "$out/units.json"
+  not_done "benchmarks of whole steps: fused-preact bench --full takes longer than this check"
+else
+  not_done "benchmarks: pytest-benchmark is missing"
+fi
+finish

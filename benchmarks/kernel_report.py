@@ -22,9 +22,8 @@ import math
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,7 @@ from machine_code import (
     nvcc,
     read_kernels,
 )
-from step_calls import Call, Spec, step_calls
-from torch import nn
-
-from fused_preact.resnet import create_model
+from step_calls import STEPS, Call, Spec, call_bytes, call_flops, shape_class, step_calls
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -89,25 +85,6 @@ LAUNCH, LATENCY, LONELY_CLOCKS = 2e-6, 0.5e-6, 2
 REGISTERS, MOST_WARPS, MOST_BLOCKS, RESERVED_SHARED = 65536, 64, 32, 1024
 MULTIPLICATION_FLOPS = 2 * 16 * 8 * 16  # of mma.m16n8k16
 FOREACH_TENSORS = 64  # that a multi-tensor kernel of PyTorch takes at once, about
-
-# name, batch, what DESIGN section 9 asks for on an H100
-STEPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int, int], str]] = {
-    "R-1001": (
-        partial(create_model, "preact_resnet1001", 10, "cifar"),
-        (128, 3, 32, 32),
-        "at most 20 ms; floor 18.5",
-    ),
-    "R-200": (
-        partial(create_model, "preact_resnet200", 1000, "imagenet"),
-        (256, 3, 224, 224),
-        "at most 85.3 ms, 3000 images/s; floor 65.5",
-    ),
-    "WRN-28-10": (
-        partial(create_model, "wide_resnet28_10", 10, "cifar"),
-        (128, 3, 32, 32),
-        "floor 5.8 ms",
-    ),
-}
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -204,55 +181,6 @@ def predict(
     }
     largest = max(terms[name] for name in ("bytes", "tensor", "issue", "latency"))
     return terms | {"predicted": max(largest + merge, LAUNCH)}
-
-
-def call_bytes(call: Call) -> int:
-    """Of a call's tensors, each once: a 1x1 of stride 2 reads a quarter of its input."""
-    total = sum(spec.bytes for spec in call.specs())
-    if call.operator.endswith("preact_conv_forward"):
-        u, _, weight, _, stride = call.arguments[:5]
-        kernel = weight.shape[2:]
-    elif call.operator.endswith("preact_conv_wgrad"):
-        u, _, kernel, stride = call.arguments[4:8]
-    else:
-        return total
-    read = min(1, kernel[0] / stride[0]) * min(1, kernel[1] / stride[1])
-    return total - round((1 - read) * u.bytes)
-
-
-def call_flops(call: Call) -> int:
-    """Of a convolution: 2 M' K C R S."""
-    name = call.operator.split("::")[1]
-    if name == "preact_conv_forward":
-        weight, result = call.arguments[2].shape, call.results[0].shape
-    elif name == "preact_conv_dgrad":
-        weight, result = call.arguments[4].shape, call.arguments[0].shape
-    elif name == "preact_conv_wgrad":
-        weight, result = call.results[0].shape, call.arguments[0].shape
-    else:
-        return call.flops
-    return 2 * math.prod(result) * math.prod(weight[1:])
-
-
-def shape_class(call: Call) -> str:
-    """A convolution's geometry, or the activations of a pointwise kernel."""
-    name = call.operator.split("::")[1]
-    if name == "preact_conv_forward":
-        u, _, weight, residual, stride = call.arguments[:5]
-        kernel, filters, extra = weight.shape[2:], weight.shape[0], residual
-    elif name == "preact_conv_dgrad":
-        weight, u, _, extra, stride = call.arguments[4:9]
-        kernel, filters = weight.shape[2:], weight.shape[0]
-    elif name == "preact_conv_wgrad":
-        u, _, kernel, stride = call.arguments[4:8]
-        filters, extra = call.results[0].shape[0], None
-    else:
-        return "x".join(map(str, call.specs()[0].shape)) if call.specs() else ""
-    n, c, h, w = u.shape
-    text = f"{n}x{h}x{w}, {c} -> {filters}, {kernel[0]}x{kernel[1]}"
-    text += f"/{stride[0]}" if stride[0] > 1 else ""
-    deferred = name != "preact_conv_forward" and call.arguments[1] is not None
-    return text + ", deferred" * deferred + ", added" * (extra is not None)
 
 
 class Report:
@@ -435,7 +363,7 @@ def markdown(device: Device, kernels: dict[str, Kernel], steps: dict[str, list[R
         "|---|---|---|---|---|",
     ]
     for name, rows in steps.items():
-        batch, goal = STEPS[name][1][0], STEPS[name][2]
+        batch, goal = STEPS[name].shape[0], STEPS[name].goal
         count, floor = sum(row.count for row in rows), 1e3 * total(rows, "floor")
         predicted = 1e3 * total(rows)
         lines.append(f"| {name}, {batch} | {count} | {floor:.1f} | {predicted:.1f} | {goal} |")
@@ -463,7 +391,7 @@ def main(folder: Path) -> None:
     for architecture in set(ARCHITECTURES) - set(known):
         print(f"not in the report: this nvcc does not know sm_{architecture}")
     folder.mkdir(parents=True, exist_ok=True)
-    calls = {name: step_calls(network, shape) for name, (network, shape, _) in STEPS.items()}
+    calls = {name: step_calls(step.build, step.shape) for name, step in STEPS.items()}
     with tempfile.TemporaryDirectory() as temporary:
         kernels: dict[str, dict[str, Kernel]] = defaultdict(dict)
         for (architecture, file), built in compile_cubins(Path(temporary), KERNELS, known).items():

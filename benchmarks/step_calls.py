@@ -1,8 +1,10 @@
 """The operator calls of a training step, taken from the model itself, on tensors without data."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from measure import count_flops
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from fused_preact.resnet import create_model
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,31 @@ class Call:
         """Of all tensors, arguments first."""
         leaves = tree_leaves((self.arguments, self.results))
         return [leaf for leaf in leaves if isinstance(leaf, Spec)]
+
+
+class Step(NamedTuple):
+    """A training step of the report."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, int, int, int]  # of its images
+    goal: str  # on one H100
+
+
+STEPS = {
+    "R-1001": Step(
+        partial(create_model, "preact_resnet1001", 10, "cifar"),
+        (128, 3, 32, 32),
+        "at most 20 ms; floor 18.5",
+    ),
+    "R-200": Step(
+        partial(create_model, "preact_resnet200", 1000, "imagenet"),
+        (256, 3, 224, 224),
+        "at most 85.3 ms, 3000 images/s; floor 65.5",
+    ),
+    "WRN-28-10": Step(
+        partial(create_model, "wide_resnet28_10", 10, "cifar"), (128, 3, 32, 32), "floor 5.8 ms"
+    ),
+}
 
 
 class _Recorder(TorchDispatchMode):
@@ -108,3 +137,55 @@ def _spec(value: Any) -> Any:
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+# --- what a call amounts to ---------------------------------------------------------------------
+
+
+def call_bytes(call: Call) -> int:
+    """Of a call's tensors, each once: a 1x1 of stride 2 reads a quarter of its input."""
+    total = sum(spec.bytes for spec in call.specs())
+    if call.operator.endswith("preact_conv_forward"):
+        u, _, weight, _, stride = call.arguments[:5]
+        kernel = weight.shape[2:]
+    elif call.operator.endswith("preact_conv_wgrad"):
+        u, _, kernel, stride = call.arguments[4:8]
+    else:
+        return total
+    read = min(1, kernel[0] / stride[0]) * min(1, kernel[1] / stride[1])
+    return total - round((1 - read) * u.bytes)
+
+
+def call_flops(call: Call) -> int:
+    """Of a convolution: 2 M' K C R S."""
+    name = call.operator.split("::")[1]
+    if name == "preact_conv_forward":
+        weight, result = call.arguments[2].shape, call.results[0].shape
+    elif name == "preact_conv_dgrad":
+        weight, result = call.arguments[4].shape, call.arguments[0].shape
+    elif name == "preact_conv_wgrad":
+        weight, result = call.results[0].shape, call.arguments[0].shape
+    else:
+        return call.flops
+    return 2 * math.prod(result) * math.prod(weight[1:])
+
+
+def shape_class(call: Call) -> str:
+    """A convolution's geometry, or the activations of a pointwise kernel."""
+    name = call.operator.split("::")[1]
+    if name == "preact_conv_forward":
+        u, _, weight, residual, stride = call.arguments[:5]
+        kernel, filters, extra = weight.shape[2:], weight.shape[0], residual
+    elif name == "preact_conv_dgrad":
+        weight, u, _, extra, stride = call.arguments[4:9]
+        kernel, filters = weight.shape[2:], weight.shape[0]
+    elif name == "preact_conv_wgrad":
+        u, _, kernel, stride = call.arguments[4:8]
+        filters, extra = call.results[0].shape[0], None
+    else:
+        return "x".join(map(str, call.specs()[0].shape)) if call.specs() else ""
+    n, c, h, w = u.shape
+    text = f"{n}x{h}x{w}, {c} -> {filters}, {kernel[0]}x{kernel[1]}"
+    text += f"/{stride[0]}" if stride[0] > 1 else ""
+    deferred = name != "preact_conv_forward" and call.arguments[1] is not None
+    return text + ", deferred" * deferred + ", added" * (extra is not None)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from cuda_emulator.cases import SHAPES, TOLERANCES, run
 from numerics import Case, assert_rule, make_case
+from predicted_and_measured import measure, predictions, table
+from step_calls import STEPS, step_calls
 
 import fused_preact
 from fused_preact import PreActBottleneck, reference
@@ -58,9 +60,9 @@ class OnGpu:
     """The CUDA operators, for tensors that lie on the CPU."""
 
     def __getattr__(self, name):
-        def call(*arguments):
+        def call(*arguments, **options):
             moved = [a.cuda() if torch.is_tensor(a) else a for a in arguments]
-            result = getattr(OPERATORS, name)(*moved)
+            result = getattr(OPERATORS, name)(*moved, **options)
             return result.cpu() if torch.is_tensor(result) else tuple(r.cpu() for r in result)
 
         return call
@@ -193,3 +195,18 @@ def test_compute_sanitizer(tool):
     command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+def test_predictions_stand_beside_measurements():
+    """Some calls of a ResNet-1001's step, each predicted by the report and timed here."""
+    gpu = torch.cuda.get_device_name()
+    try:
+        predicted = predictions("R-1001", gpu)
+    except LookupError as error:
+        pytest.skip(str(error))
+    step = STEPS["R-1001"]
+    calls = list(dict.fromkeys(step_calls(step.build, step.shape)))
+    rows = measure([call for call in calls if call.operator.startswith("fused_preact")], predicted)
+    assert {row.operator for row in rows} >= {"preact_conv_forward", "preact_conv_wgrad"}
+    assert all(row.predicted > 0 and row.measured > 0 for row in rows)
+    print(table("R-1001", gpu, rows))
