@@ -64,7 +64,7 @@ capability=$(python -c 'import torch; print("{}.{}".format(*torch.cuda.get_devic
 }
 
 # Only what this card runs, so that the build is short.
-case $capability in 9.0 | 10.*) capability=${capability}a ;; esac
+[ "$capability" = 9.0 ] && capability=9.0a
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
 step 200 build pip install --no-build-isolation --no-deps . || {
   not_done "nothing after the build"

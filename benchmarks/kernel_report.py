@@ -357,7 +357,8 @@ def markdown(device: Device, kernels: dict[str, Kernel], steps: dict[str, list[R
         f"# {device.name}: predicted times of the CUDA kernels",
         "",
         "Every time here is a prediction by `benchmarks/kernel_report.py`; no GPU gave any.",
-        "How a launch is predicted, and what is assumed, stands at the end.",
+        "How a launch is predicted, and what is assumed, stands at the end. Every convolution is by",
+        'our kernels, as under `backend("cuda")`; the planner gives wide ones to PyTorch.',
         "",
         "| training step, bfloat16 | launches | floor, ms | predicted, ms | asked for on an H100 |",
         "|---|---|---|---|---|",
@@ -380,6 +381,10 @@ def markdown(device: Device, kernels: dict[str, Kernel], steps: dict[str, list[R
     lines += ["", figures, SOURCES]
     text = "\n".join(lines)
     return text.replace("predicted to take", "A launch is predicted to take", 1)
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def main(folder: Path) -> None:
@@ -411,7 +416,7 @@ def main(folder: Path) -> None:
                         "launches": sum(row.count for row in rows),
                         "predicted_seconds": total(rows),
                         "floor_seconds": total(rows, "floor"),
-                        "rows": [asdict(row) for row in rows],
+                        "rows": [_rounded(asdict(row)) for row in rows],
                     }
                     for name, rows in steps.items()
                 },
@@ -422,7 +427,8 @@ def main(folder: Path) -> None:
             }
             for name, rows in steps.items():
                 print(f"{device.name} {name}: predicted {1e3 * total(rows):.1f} ms")
-    (folder / "kernels.json").write_text(json.dumps({"predictions": data}, indent=1) + "\n")
+    text = json.dumps({"predictions": data}).replace('{"operator"', '\n{"operator"')
+    (folder / "kernels.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fused_preact import backend
 from fused_preact.resnet import create_model
 
 
@@ -91,7 +92,8 @@ class _Recorder(TorchDispatchMode):
 def step_calls(build: Callable[[], nn.Module], shape: tuple[int, int, int, int]) -> list[Call]:
     """Of a training step of build()'s model on images of a shape: autocast to bfloat16, SGD.
 
-    The step is the second one, when the optimiser's state exists.
+    Every convolution is by our kernels, as under backend("cuda"): the planner itself gives wide ones
+    to PyTorch. The step is the second one, when the optimiser's state exists.
     """
     model = build().to(memory_format=torch.channels_last).train()
     fake = FakeTensorMode()
@@ -111,7 +113,7 @@ def step_calls(build: Callable[[], nn.Module], shape: tuple[int, int, int, int])
         )
         for _ in range(2):
             with _Recorder() as recorder:
-                with torch.autocast("cpu", torch.bfloat16):
+                with backend("cpu"), torch.autocast("cpu", torch.bfloat16):
                     output = model(images)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(output.float(), labels).backward()

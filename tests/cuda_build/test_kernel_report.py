@@ -10,7 +10,7 @@ from machine_code import cuobjdump, nvcc
 from step_calls import step_calls
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_preact import PreActBlock, PreActBottleneck, PreActResNet
+from fused_preact import PreActBlock, PreActBottleneck, PreActResNet, backend
 
 SHAPE = (2, 3, 32, 32)
 H100 = next(device for device in DEVICES if device.name == "H100")
@@ -41,7 +41,7 @@ def test_calls_are_those_of_the_real_model(build):
     model = build().to(memory_format=torch.channels_last)
     images = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
     with OurCalls() as real:
-        with torch.autocast("cpu", torch.bfloat16):
+        with backend("cpu"), torch.autocast("cpu", torch.bfloat16):
             output = model(images)
         output.float().sum().backward()
     taken = [c.operator for c in step_calls(build, SHAPE) if c.operator.startswith("fused_preact")]
