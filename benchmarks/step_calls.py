@@ -92,8 +92,8 @@ class _Recorder(TorchDispatchMode):
 def step_calls(build: Callable[[], nn.Module], shape: tuple[int, int, int, int]) -> list[Call]:
     """Of a training step of build()'s model on images of a shape: autocast to bfloat16, SGD.
 
-    Every convolution is by our kernels, as under backend("cuda"): the planner itself gives wide ones
-    to PyTorch. The step is the second one, when the optimiser's state exists.
+    Every convolution is by our kernels, as under backend("cuda"): the planner itself gives wide
+    ones to PyTorch. The step is the second one, when the optimiser's state exists.
     """
     model = build().to(memory_format=torch.channels_last).train()
     fake = FakeTensorMode()
