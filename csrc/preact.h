@@ -155,7 +155,7 @@ struct PreactConvWgrad {
   OutputGrad grad;     // [N, P, Q, K]
   const void* input;   // [N, H, W, C]
   const void* affine;  // [4, C] or null: h = input
-  void* dweight;       // [K, C, R, S], contiguous
+  void* dweight;       // [K, R, S, C]
   bool allow_tf32 = false;
 };
 void preact_conv_wgrad(const Runtime& runtime, const PreactConvWgrad& op);

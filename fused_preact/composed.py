@@ -123,7 +123,7 @@ class Composed:
         _, dw, _ = _convolution_backward(
             dy, h, weight, stride, inner, dilation, groups, [False, True, False]
         )
-        return dw.to(reference.accumulator(input.dtype))
+        return _channels_last(dw.to(reference.accumulator(input.dtype)))
 
     def _activated(self, input: Tensor, affine: Tensor | None, activation: str) -> Tensor:
         if affine is None:

@@ -359,7 +359,7 @@ def _(
     allow_tf32=False,
 ):
     shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
-    return input.new_empty(shape, dtype=reference.accumulator(input.dtype))
+    return _activations(input, shape).to(reference.accumulator(input.dtype))
 
 
 @_fake("residual_grad")

@@ -167,6 +167,7 @@ def preact_conv_wgrad(
 ) -> Tensor:
     """dW = wgrad(h, dy), (K, C / groups, R, S) in the accumulator's dtype; h is computed again.
 
+    In channels_last memory, where autograd takes it for a parameter's grad as it is.
     grad, output, output_affine and output_sums as in preact_conv_dgrad.
     """
     dy = _output_grad(grad, output, output_affine, output_sums)
@@ -180,9 +181,9 @@ def preact_conv_wgrad(
         # its buffers (oneDNN on AVX2, torch 2.13 and 2.14).
         h, stride = h[:, :, :: stride[0], :: stride[1]], [1, 1]
     with torch.autocast(input.device.type, enabled=False):
-        return grad_of.conv2d_weight(
-            h.to(acc), shape, dy.to(acc), stride, 0, dilation, groups
-        ).contiguous()
+        return _channels_last(
+            grad_of.conv2d_weight(h.to(acc), shape, dy.to(acc), stride, 0, dilation, groups)
+        )
 
 
 def residual_grad(

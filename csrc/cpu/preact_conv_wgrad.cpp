@@ -1,6 +1,6 @@
 // preact_conv_wgrad: dW = sum over pixels of dy h^T;  h = act(scale * (u - mean) + shift) is
 //   computed again, dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
-// Reads g', u' [M', K] and u [M, C]; writes dW [K, C, R, S]; FLOPs 2*M'*K*C*R*S.
+// Reads g', u' [M', K] and u [M, C]; writes dW [K, R, S, C]; FLOPs 2*M'*K*C*R*S.
 //
 // Each part of the work sums its own dW over its bands; the parts are added in order. For each tap,
 // dW is a matrix product over pixels: h transposed, shifted by the tap, times dy. dy is laid out as
@@ -11,7 +11,7 @@ namespace preact {
 namespace {
 
 constexpr int64_t kFewestParts = 8, kMostWgradParts = 32;
-constexpr int64_t kSumChunk = 256, kSquare = 16;
+constexpr int64_t kSumChunk = 256, kFilters = 16;
 constexpr int64_t kProductRows = 128, kProductColumns = 256;  // of one matrix product
 // Bands whose operands are there together for each block of dW.
 constexpr int64_t kGroupBytes = 512 * 1024, kMostTogether = 16;
@@ -152,9 +152,9 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
     }
   });
 
-  // the parts' sum, in order, into the first
+  // the parts' sum, in order, where it lies as in dW, or into the first
   A* const dweight = static_cast<A*>(op.dweight);
-  A* const sum = r * s == 1 && !transposes_h ? dweight : partial;  // where it lies as in dW
+  A* const sum = transposes_h ? partial : dweight;
   const Parts chunks(ceil_div(size, kSumChunk), kMostParts);
   parallel_for(runtime, chunks.parts, [&](int64_t chunk) {
     const int64_t begin = chunks.begin(chunk) * kSumChunk;
@@ -163,15 +163,11 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
     for (int64_t j = 1; j < bands.parts.parts; ++j)
       sum_rows(partial + j * size + begin, 1, end - begin, sum + begin);
   });
-  if (sum == dweight) return;
-  // each value to its place in dW, by squares of output and source channels that stay in cache
-  const int64_t across = ceil_div(c, kSquare), squares = ceil_div(k, kSquare) * across;
-  parallel_for(runtime, squares, [&](int64_t square) {
-    const int64_t first_k = square / across * kSquare, first_c = square % across * kSquare;
-    for (int64_t i = first_k; i < std::min(k, first_k + kSquare); ++i)
-      for (int64_t j = first_c; j < std::min(c, first_c + kSquare); ++j)
-        for (int64_t tap = 0; tap < r * s; ++tap)
-          dweight[(i * c + j) * r * s + tap] = partial[(tap * c + j) * k + i];
+  if (!transposes_h) return;
+  const int64_t row = r * s * c;  // of dW
+  parallel_for(runtime, ceil_div(k, kFilters), [&](int64_t block) {
+    const int64_t first = block * kFilters;
+    transpose(partial + first, row, std::min(kFilters, k - first), k, row, dweight + first * row);
   });
 }
 

@@ -126,15 +126,16 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_wgrad_kernel(
 }
 
 __global__ __launch_bounds__(kReduceThreads) void reduce_splits_kernel(
-    int splits, int64_t taps, int64_t matrix,
-    const float* partial,  // [splits, taps, matrix]
-    float* dweight) {      // [matrix, taps]
-  const int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
-  if (i >= taps * matrix) return;
+    int splits, int64_t taps, int64_t k, int64_t c,
+    const float* partial,  // [splits, taps, K, C]
+    float* dweight) {      // [K, taps, C]
+  const int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x, size = taps * k * c;
+  if (i >= size) return;
   float sum = 0;
 #pragma unroll 8
-  for (int split = 0; split < splits; ++split) sum += load(partial + split * taps * matrix + i);
-  store(dweight + i % matrix * taps + i / matrix, sum);
+  for (int split = 0; split < splits; ++split) sum += load(partial + split * size + i);
+  const int64_t tap = i / (k * c), row = i / c % k;
+  store(dweight + (row * taps + tap) * c + i % c, sum);
 }
 
 template <typename T, Activation kActivation, int kTaps>
@@ -182,7 +183,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
          Gradient<T>(op.grad, s.output), input, partial);
   launch("preact_conv_wgrad (splits)", reduce_splits_kernel,
          {static_cast<unsigned>(ceil_div(taps * k * c, kReduceThreads))}, kReduceThreads, 0,
-         runtime.device, runtime.stream, tiling.splits, taps, k * c,
+         runtime.device, runtime.stream, tiling.splits, taps, k, c,
          static_cast<const float*>(partial), static_cast<float*>(op.dweight));
 }
 

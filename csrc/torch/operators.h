@@ -191,7 +191,8 @@ struct Operators {
         optional(vectors, "affine", affine, input, int64_t{4}, shape.input.channels);
     const Sizes sizes{shape.output.channels, shape.input.channels, kernel_size[0], kernel_size[1]};
     const Tensor dweight =
-        torch::stable::empty(sizes, accumulator_of(input), std::nullopt, input.device());
+        torch::stable::empty(sizes, accumulator_of(input), std::nullopt, input.device(),
+                             std::nullopt, MemoryFormat::ChannelsLast);
     Device device(input);
     preact::preact_conv_wgrad(device.runtime(), {dtype, shape, act, dy.get(), data(u), data(a),
                                                  mutable_data(dweight), allow_tf32});

@@ -44,7 +44,7 @@ def bn_relu_backward(
     g = activations(input, input.shape)
     channels = input.shape[1]
     tiles, options = row_tiles("bn_relu_backward", input)
-    sums = vectors(input, tiles, 2, 1, channels) if with_sums else None
+    sums = vectors(input, tiles, 2, channels) if with_sums else None
     launch(
         bn_relu_backward_kernel,
         (tiles * cdiv(channels, options["BLOCK_C"]),),
@@ -58,4 +58,4 @@ def bn_relu_backward(
         ACTIVATION=activation,
         **options,
     )
-    return g, vectors(input, 2, 0) if sums is None else add_up(sums).view(2, channels)
+    return g, vectors(input, 2, 0) if sums is None else add_up(sums)

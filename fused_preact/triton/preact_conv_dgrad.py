@@ -139,7 +139,7 @@ def preact_conv_dgrad(
     tiles = cdiv(most_pixels, options["BLOCK_M"])
     g = activations(input, input.shape)
     with_sums = with_sums and affine is not None
-    sums = vectors(input, phases * tiles, 2, 1, channels) if with_sums else None
+    sums = vectors(input, phases * tiles, 2, channels) if with_sums else None
     launch(
         preact_conv_dgrad_kernel,
         (tiles * cdiv(channels, options["BLOCK_N"]), phases),
@@ -161,4 +161,4 @@ def preact_conv_dgrad(
         **geometry,
         **options,
     )
-    return g, vectors(input, 2, 0) if sums is None else add_up(sums).view(2, channels)
+    return g, vectors(input, 2, 0) if sums is None else add_up(sums)

@@ -2,7 +2,7 @@
 
     dy = scale' * g' + B' * (u' - mean') + C', BatchNorm's backward pass of the layer above
 
-Reads g', u' [M', K] and u [M, C], writes dW [K, C, R, S]; 2 * M' * K * C * R * S FLOPs.
+Reads g', u' [M', K] and u [M, C], writes dW [K, R, S, C]; 2 * M' * K * C * R * S FLOPs.
 
 A program sums BLOCK_K by BLOCK_C of dW for one kernel tap over one of SPLITS runs of pixels; the
 runs are added in order. Both operands are computed in registers; h is zero outside of the image.
@@ -129,7 +129,7 @@ def preact_conv_wgrad(
         **geometry,
         **options,
     )
-    return add_up(parts).view(conv.K, conv.C, *kernel_size)
+    return add_up(parts).view(conv.K, *kernel_size, conv.C).permute(0, 3, 1, 2)
 
 
 def splits(conv, taps, wanted):

@@ -8,6 +8,8 @@ Merging in the last program to arrive would take a counter that is zero at each 
 its own to clear it, or memory that outlives the call and that two streams must not share.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -62,12 +64,10 @@ def merge_moments_kernel(
 
 @triton.jit
 def add_up_kernel(
-    parts,  # [tiles, A, T, B]
-    result,  # [groups, A, B, T]
+    parts,  # [tiles, size]
+    result,  # [groups, size]
     tiles,
-    T,
-    B,
-    size,  # A * T * B
+    size,
     FAN_IN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -76,8 +76,7 @@ def add_up_kernel(
     tile = group * FAN_IN + tl.arange(0, FAN_IN)
     mask = (tile < tiles)[:, None] & (i < size)[None, :]
     total = column_sums(tl.load(parts + tile[:, None] * size + i[None, :], mask=mask, other=0.0))
-    a, t, b = i // (T * B), i // B % T, i % B
-    tl.store(result + group * size + (a * B + b) * T + t, total, mask=i < size)
+    tl.store(result + group * size + i, total, mask=i < size)
 
 
 def _block(operator: str, tiles: int, size: int) -> dict[str, int]:
@@ -114,15 +113,12 @@ def merge_moments(moments: Tensor, rows: int, rows_per_tile: int) -> Tensor:
 
 
 def add_up(parts: Tensor) -> Tensor:
-    """The sum (A, B, T) of (tiles, A, T, B)."""
-    tiles, a, t, b = parts.shape
-    size = a * t * b
-    if tiles == 1 and (t == 1 or b == 1):
-        return parts.view(a, b, t)
-    while True:
+    """The sum (...) of (tiles, ...)."""
+    tiles, *shape = parts.shape
+    size = math.prod(shape)
+    while tiles > 1:
         options = _block("add_up", tiles, size)
         groups = cdiv(tiles, options["FAN_IN"])
-        last = groups == 1
         result = parts.new_empty((groups, size))
         launch(
             add_up_kernel,
@@ -130,11 +126,8 @@ def add_up(parts: Tensor) -> Tensor:
             parts,
             result,
             tiles,
-            t if last else 1,
-            b if last else size,
             size,
             **options,
         )
-        if last:
-            return result.view(a, b, t)
         parts, tiles = result, groups
+    return parts.view(shape)

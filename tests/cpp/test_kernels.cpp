@@ -344,8 +344,11 @@ void test_conv(const std::string& name, const ConvShape& shape, Activation activ
   preact_conv_wgrad(in_order, wgrad);
   wgrad.dweight = dw_again.data();
   preact_conv_wgrad(reversed, wgrad);
-  Doubles want_dw(k * c * r * s);
-  for_each_product(shape, [&](int64_t o, int64_t i, int64_t j) { want_dw[j] += h[i] * dy[o]; });
+  Doubles want_dw(k * c * r * s);  // [K, R, S, C]
+  for_each_product(shape, [&](int64_t o, int64_t i, int64_t j) {
+    const int64_t tap = j % (r * s), channel = j / (r * s) % c, filter = j / (r * s * c);
+    want_dw[(filter * r * s + tap) * c + channel] += h[i] * dy[o];
+  });
   expect_near(name + " wgrad", dw, want_dw, kTolerance<S>);
   expect_equal(name + " wgrad", dw, dw_again);
 }

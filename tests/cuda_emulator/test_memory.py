@@ -12,7 +12,6 @@ from cuda_emulator.emulator import (
     READ,
     SHARED_READ,
     SHARED_WRITTEN,
-    WRITTEN,
     Emulator,
     Point,
 )
@@ -171,9 +170,6 @@ def waste_of(emulator, layer: Layer) -> dict[tuple[str, int, int], float]:
 
 # A piece of a float32 vector is 32 bytes, loaded by halves: the second is in L1.
 VECTORS = {("bn.cuh", READ, 16): 2}
-# dweight is [K, C, R, S], its sums [R, S, K, C]: one float a sector. A layer's weights, once; the
-# nine stores of a sector meet in L2.
-DWEIGHT = {("preact_conv_wgrad.cu", WRITTEN, 4): 8}
 # The stage's rows are 2 * 16 bytes apart modulo the banks, for mma's layout; fewer channels than 64
 # read two or more rows at once. Once a tile, from float32 sums.
 NARROW = {("conv_tiles.cuh", SHARED_READ, 16): 2}
@@ -187,9 +183,9 @@ STRIDED = {("conv.cuh", MATRIX_READ, 16): 2}
         (64, 64, 1, VECTORS),
         (256, 64, 1, VECTORS),
         (64, 256, 1, VECTORS),
-        (64, 64, 3, VECTORS | DWEIGHT),
-        (128, 128, 3, VECTORS | DWEIGHT),
-        (32, 32, 3, VECTORS | DWEIGHT | NARROW),
+        (64, 64, 3, VECTORS),
+        (128, 128, 3, VECTORS),
+        (32, 32, 3, VECTORS | NARROW),
         (64, 16, 1, VECTORS | NARROW),
     ],
 )
@@ -200,15 +196,13 @@ def test_fast_paths_use_whole_sectors_and_no_bank_twice(emulator, channels, filt
 
 def test_stride_2_takes_the_window_in_two_passes(emulator):
     layer = Layer(torch.bfloat16, 64, 64, 3, stride=2)
-    assert waste_of(emulator, layer) == VECTORS | DWEIGHT | STRIDED
+    assert waste_of(emulator, layer) == VECTORS | STRIDED
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_float32_moves_at_most_twice(emulator, kernel):
     """Its pieces are 32 bytes, moved by halves, as are wgrad's rows through the banks."""
     found = waste_of(emulator, Layer(torch.float32, 64, 64, kernel))
-    if kernel == 3:
-        assert found.pop(("preact_conv_wgrad.cu", WRITTEN, 4)) == 8
     assert found and max(found.values()) <= 2
 
 
