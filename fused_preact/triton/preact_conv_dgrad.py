@@ -63,9 +63,8 @@ def preact_conv_dgrad_kernel(
     first_y, first_x = (i + DOWN - TOP % DOWN) % DOWN, (j + ACROSS - LEFT % ACROSS) % ACROSS
     rows = tl.cdiv(tl.maximum(H - first_y, 0), DOWN)
     columns = tl.cdiv(tl.maximum(W - first_x, 0), ACROSS)
-    reached = (rows > 0) & (columns > 0)
     n, y, x = pixels(tile, tl.maximum(rows, 1), tl.maximum(columns, 1), BLOCK_M)
-    mine = (n < N) & reached
+    mine = n < tl.where((rows > 0) & (columns > 0), N, 0)
     p, q = (first_y + TOP) // DOWN + y, (first_x + LEFT) // ACROSS + x  # of taps i and j
     dy_rows = ((n * P + p) * Q + q)[:, None] * K
 
