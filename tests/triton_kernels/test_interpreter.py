@@ -1,6 +1,7 @@
-"""The suite again, in Triton's interpreter: kernels run on the CPU, a program after the other.
+"""The parity suite again, in Triton's interpreter: kernels run on the CPU, one program at a time.
 
-In processes of its own, since the interpreter must be chosen before triton is imported.
+Reruns (test_determinism) are left out: nothing runs at the same time as anything else there. In
+processes of its own, since the interpreter must be chosen before triton is imported.
 """
 
 import os
@@ -15,14 +16,21 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("these are in it already", allow_module_level=True)
 
 TESTS = Path(__file__).parents[1]
-TOO_SLOW = "not 56 and not many and not 200 and not 5x5 and not 7x7 and not 33"
-PARTS = {
-    "operators": ("ops", f"{TOO_SLOW} and not test_opcheck and not test_backend"),
-    "preact_conv2d": (
-        "test_preact_conv2d.py",
-        f"{TOO_SLOW} and (test_grid or far_from_zero or constant or overwritten or float16)",
+PARTS = {  # name: files, and what of them; "triton" is in the name of all that runs on a backend
+    # its opcheck is of the C++ operators, interpreted/ has its own; planning depends on no kernel
+    "operators": (["ops"], "not test_opcheck and not test_backend"),
+    # float64 is no dtype of these kernels. What a single gradient runs is decided above them: one
+    # kind of unit, of two shapes, stands for the eleven
+    "functions": (
+        ["test_bn_relu.py", "test_preact_conv2d.py", "test_preact_unit.py", "test_autocast.py"],
+        "triton and not gradcheck and (not test_single_gradients or bottleneck)",
     ),
-    "kernels": ("triton_kernels/interpreted", ""),
+    # interpreted/ trains ResNet-20 instead of deeper ones; "functions" compiles units
+    "models": (
+        ["test_blocks.py", "test_resnet.py"],
+        "triton and not 1001 and not deep_model and not compiles",
+    ),
+    "kernels": (["triton_kernels/interpreted"], ""),
 }
 
 
@@ -31,8 +39,9 @@ def started():
     """All parts at once."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     processes = {}
-    for part, (path, selected) in PARTS.items():
-        command = [sys.executable, "-m", "pytest", TESTS / path, "-q", "-rs", "-k", selected]
+    for part, (paths, selected) in PARTS.items():
+        files = [TESTS / path for path in paths]
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-rs", "-k", selected]
         processes[part] = subprocess.Popen(
             [*command, "-p", "no:cacheprovider"],
             env=environment,
@@ -48,7 +57,7 @@ def started():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_suite(part, started):
-    """Passes where the backend is triton; what takes the interpreter long is left out."""
+    """Passes where the backend is triton."""
     output, _ = started[part].communicate()
     print(output[-4000:])
     assert started[part].returncode == 0, output[-4000:]
