@@ -23,13 +23,20 @@ def bn_affine_kernel(
     BLOCK: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mean = tl.load(stats + c, mask=c < C)
+    variance = tl.load(stats + C + c, mask=c < C, other=1.0)
+    store_affine(mean, variance, weight, bias, affine, c, C, eps)
+
+
+@triton.jit
+def store_affine(mean, variance, weight, bias, affine, c, C, eps):
+    """The rows of affine [4, C] at the channels c, from their mean and variance."""
     mask = c < C
-    mean = tl.load(stats + c, mask=mask)
-    rstd = 1 / tl.sqrt_rn(tl.load(stats + C + c, mask=mask, other=1.0) + eps)
+    rstd = 1 / tl.sqrt_rn(variance + eps)
     scale = rstd
     if weight is not None:
         scale *= tl.load(weight + c, mask=mask)
-    shift = tl.zeros([BLOCK], tl.float32)
+    shift = tl.zeros_like(mean)
     if bias is not None:
         shift = tl.load(bias + c, mask=mask)
     tl.store(affine + c, mean, mask=mask)

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .bn_affine import bn_affine
 from .conv import shape_of
 from .launch import activations, cdiv, dot_precision, launch, nhwc, operator, vectors
 from .reduce import merge_moments
@@ -131,7 +130,5 @@ def preact_conv_forward(
     )
     if moments is None:
         return output, vectors(input, 2, 0), vectors(input, 4, 0)
-    stats = merge_moments(moments, rows, options["BLOCK_M"])
-    if next_eps is None:
-        return output, stats, vectors(input, 4, 0)
-    return output, stats, bn_affine(stats, next_weight, next_bias, next_eps)
+    next_bn = next_weight, next_bias, next_eps
+    return output, *merge_moments(moments, rows, options["BLOCK_M"], *next_bn)

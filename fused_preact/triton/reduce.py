@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import cdiv, launch
+from .bn_affine import store_affine
+from .launch import cdiv, launch, vectors
 from .tile import column_sums
 
 FAN_IN = 1024  # tiles of one launch: a batch of 128 images of 32x32 pixels in tiles of 128
@@ -26,11 +27,15 @@ FAN_IN = 1024  # tiles of one launch: a batch of 128 images of 32x32 pixels in t
 def merge_moments_kernel(
     moments,  # [3, tiles, C]: a value near the mean, the mean less that, M2
     merged,  # [3, groups, C] likewise; or, of one group, [2, C]: mean, variance
+    weight,  # gamma [C] of the BatchNorm that follows, or None
+    bias,  # its beta [C], or None
+    affine,  # its affine [4, C], or None
     tiles,
     groups,
     C,
     M,  # rows in all
     rows_per_tile,
+    eps,  # None without affine
     FAN_IN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -56,6 +61,8 @@ def merge_moments_kernel(
     if groups == 1:
         tl.store(target, first + rest, mask=c < C)
         tl.store(target + next_row, m2 / total, mask=c < C)
+        if affine is not None:
+            store_affine(first + rest, m2 / total, weight, bias, affine, c, C, eps)
     else:
         tl.store(target, first, mask=c < C)
         tl.store(target + next_row, rest, mask=c < C)
@@ -87,28 +94,43 @@ def _block(operator: str, tiles: int, size: int) -> dict[str, int]:
     return {"FAN_IN": fan_in, "BLOCK": columns, **options}
 
 
-def merge_moments(moments: Tensor, rows: int, rows_per_tile: int) -> Tensor:
-    """Mean and biased variance (2, C) from (3, tiles, C) moments of tiles of rows."""
+def merge_moments(
+    moments: Tensor,
+    rows: int,
+    rows_per_tile: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (2, C) of (3, tiles, C) moments of tiles of rows, and their affine.
+
+    affine (4, C) is bn_affine of them with weight, bias and eps; without eps it is empty, (4, 0).
+    """
     _, tiles, channels = moments.shape
+    affine = vectors(moments, 4, 0 if eps is None else channels)
     while True:
         options = _block("merge_moments", tiles, channels)
         groups = cdiv(tiles, options["FAN_IN"])
         last = groups == 1
-        merged = moments.new_empty((2 if last else 3, groups, channels))
+        merged = vectors(moments, 2 if last else 3, groups, channels)
         launch(
             merge_moments_kernel,
             (cdiv(channels, options["BLOCK"]), groups),
             moments,
             merged,
+            None if weight is None else weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if eps is None else affine,
             tiles,
             groups,
             channels,
             rows,
             rows_per_tile,
+            eps,
             **options,
         )
         if last:
-            return merged.view(2, channels)
+            return merged.view(2, channels), affine
         moments, tiles, rows_per_tile = merged, groups, rows_per_tile * options["FAN_IN"]
 
 

@@ -89,7 +89,8 @@ def convolution(dtype, shape, channels, kernel_size, stride, padding, *, allow_t
     affine, output_affine = torch.ones(4, shape[1]), torch.ones(4, channels)
     rest = list(stride), list(padding), [1, 1], 1, "relu"
     output, *_ = op.preact_conv_forward(input, affine, weight, None, *rest, False, allow_tf32)
-    op.preact_conv_forward(input, affine, weight, output, *rest, True, allow_tf32)
+    next_bn = output_affine[0], output_affine[1], 1e-5
+    op.preact_conv_forward(input, affine, weight, output, *rest, True, allow_tf32, *next_bn)
     deferred = output, output, output_affine, torch.ones(2, channels)
     for grad in deferred, (output, None, None, None):
         op.preact_conv_dgrad(*grad, weight, input, affine, input, *rest, True, allow_tf32)
