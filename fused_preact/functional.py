@@ -234,6 +234,8 @@ class _PreActUnit(Function):
     def forward(ctx, input, residual, config, projection, *tensors):
         op = config.operators
         weights, bn_weights, bn_biases, given_stats = (tensors[k::4] for k in range(4))
+        weights = [weight.to(input.dtype) for weight in weights]  # once for both passes
+        projection = None if projection is None else projection.to(input.dtype)
         last = len(weights) - 1
         bns = list(zip(bn_weights, bn_biases, config.eps, strict=True))
         u, affine = input, _affine(op, given_stats[0], *bns[0])
@@ -249,7 +251,7 @@ class _PreActUnit(Function):
             u, stats, affine = config.convs[i].preact_conv_forward(
                 u,
                 affine,
-                weight.to(input.dtype),
+                weight,
                 residual if i == last else None,
                 *config.geometries[i],
                 config.activation,
@@ -302,7 +304,7 @@ class _PreActUnit(Function):
                 break
             g, sums = config.convs[i].preact_conv_dgrad(
                 *deferred,
-                weights[i].to(input.dtype),
+                weights[i],
                 inputs[i],
                 affines[i],
                 to_shortcut if i == 0 and joins_h else None,
@@ -342,11 +344,10 @@ def _shortcut(config, input, affine, projection):
     op = config.operators
     affine = affine if config.shortcut == "preact" else None
     if projection is not None:
-        weight = projection.to(input.dtype)
         return config.convs[-1].preact_conv_forward(
             input,
             affine,
-            weight,
+            projection,
             None,
             *config.geometries[-1],
             config.activation,
@@ -359,13 +360,12 @@ def _shortcut(config, input, affine, projection):
 def _shortcut_grad(config, dy, input, projection):
     if projection is None:
         return dy
-    weight = projection.to(input.dtype)
     return config.convs[-1].preact_conv_dgrad(
         dy,
         None,
         None,
         None,
-        weight,
+        projection,
         input,
         None,
         None,
