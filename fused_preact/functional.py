@@ -158,8 +158,7 @@ def preact_unit(
     if dtype != input.dtype:
         input = input.to(dtype)
     all_convs = list(convs) if projection is None else [*convs, projection]
-    dilation, groups = _most_general(all_convs)
-    operators = ops.plan(input, dilation, groups)
+    operators = ops.plan(input, *_most_general(all_convs))
     input = ops.channels_last(input)
     first = bns[0]
     config = _UnitConfig(
@@ -550,9 +549,10 @@ def _conv_shape(shape: Sequence[int], conv: Conv) -> tuple[int, ...]:
     return shape[0], conv.weight.shape[0], *size
 
 
-def _most_general(convs: Sequence[Conv]) -> tuple[tuple[int, int], int]:
+def _most_general(convs: Sequence[Conv]) -> tuple[tuple[int, int], int, int]:
     dilation = max(conv.dilation[0] for conv in convs), max(conv.dilation[1] for conv in convs)
-    return dilation, max(conv.groups for conv in convs)
+    taps = max(conv.weight.shape[2:].numel() for conv in convs)
+    return dilation, max(conv.groups for conv in convs), taps
 
 
 def _check_input(input: Tensor) -> None:

@@ -40,6 +40,8 @@ _DTYPES = {
 # measured on AVX-512 at batch 16, where a 3x3 of 128 channels (2^17) is as fast fused and one of
 # 256 (2^19) is not. CUDA: not measured; from there on arithmetic bounds a 3x3.
 _COMPOSED_FROM = {"cpu": 2**19, "cuda": 2**17}
+# One pixel's window has to fit into the least shared memory of a GPU that the kernels run on.
+_MOST_CUDA_TAPS = 100
 _ENVIRONMENT = "FUSED_PREACT_BACKEND"
 
 
@@ -79,14 +81,17 @@ def current_backend() -> str:
     return _forced
 
 
-def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1) -> Any:
-    """The namespace of operators for a unit that reads input, under the current backend."""
+def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1, taps: int = 1) -> Any:
+    """The namespace of operators for a unit that reads input, under the current backend.
+
+    dilation, groups and taps, the values of a kernel, are the largest of its convolutions'.
+    """
     name = _forced
     if name in ("auto", "composed"):
-        name, dilation, groups = _automatic(input), (1, 1), 1
+        name, dilation, groups, taps = _automatic(input), (1, 1), 1, 1
     if name == "reference":
         return reference
-    reason = _refusal(name, input, dilation, groups)
+    reason = _refusal(name, input, dilation, groups, taps)
     if reason is None:
         if name != "triton":
             return torch.ops.fused_preact
@@ -101,6 +106,8 @@ def plan_conv(operators: Any, weight: Tensor, dilation: tuple[int, int], groups:
     if operators is reference or _forced not in ("auto", "composed"):
         return operators
     general = tuple(dilation) != (1, 1) or groups != 1
+    if weight.device.type == "cuda":
+        general = general or weight.shape[2:].numel() > _MOST_CUDA_TAPS
     wide = weight.numel() >= _COMPOSED_FROM[weight.device.type]
     return Composed(operators) if general or wide or _forced == "composed" else operators
 
@@ -159,7 +166,9 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _refusal(name: str, input: Tensor, dilation: tuple[int, int], groups: int) -> str | None:
+def _refusal(
+    name: str, input: Tensor, dilation: tuple[int, int], groups: int, taps: int
+) -> str | None:
     if input.device.type != _device(name):
         return f"{input.device.type} tensors"
     if input.dtype not in _DTYPES[name]:
@@ -168,6 +177,8 @@ def _refusal(name: str, input: Tensor, dilation: tuple[int, int], groups: int) -
         return "dilated convolutions"
     if groups != 1:
         return "grouped convolutions"
+    if name == "cuda" and taps > _MOST_CUDA_TAPS:
+        return f"kernels of more than {_MOST_CUDA_TAPS} values"
     if name == "triton" and input.shape[2] * input.shape[3] >= 2**31 - 2**16:
         return "images of 2^31 pixels"
     return None

@@ -129,6 +129,22 @@ def test_order_of_threads_and_blocks_does_not_matter(emulator, shape):
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [(10, 10), (1, 100), (100, 1)], ids=str)
+def test_kernels_that_the_planner_allows_fit(emulator, kernel, dtype):
+    """Into 99 KB of shared memory, with all that takes room; a larger one is an error in words."""
+    shape = Shape(1, 64, kernel[0] + 3, kernel[1] + 3, 64, kernel)
+    with emulator.recording(132, 99 * 1024) as launches:
+        run(emulator.operators, shape, dtype, "relu", True)
+    assert max(launch.shared_bytes for launch in launches) <= 99 * 1024
+    assert kernel[0] * kernel[1] == ops._MOST_CUDA_TAPS
+    u, weight = torch.zeros(1, 8, 40, 40), torch.zeros(8, 8, 40, 40)
+    with pytest.raises((ValueError, RuntimeError), match="does not fit into shared memory"):
+        emulator.operators.preact_conv_forward(
+            u, None, weight, None, (1, 1), (0,) * 4, (1, 1), 1, "relu", False
+        )
+
+
 def test_checks_name_the_argument(emulator):
     op = emulator.operators
     u = torch.zeros(2, 3, 4, 4)

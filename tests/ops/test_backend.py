@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from numerics import eager, fused, make_case, run
+from torch._subclasses import FakeTensorMode
 
 import fused_preact
 from fused_preact import ops, reference
+from fused_preact.composed import Composed
 
 X3 = [(8, (3, 3), (1, 1), (1, 1, 1, 1))]
 
@@ -128,6 +130,23 @@ def test_fallback_warns_once(reason):
         expected = run(case, dtype, fused)
     for name, value in expected.items():
         assert torch.equal(first[name], value) and torch.equal(second[name], value), name
+
+
+def test_cuda_refuses_large_kernels(monkeypatch):
+    """What does not fit into shared memory goes to reference, with one warning; "auto" composes."""
+    monkeypatch.setattr(ops, "_cuda_status", lambda: None)
+    with FakeTensorMode():
+        input = torch.empty(1, 3, 32, 32, device="cuda")
+        small, large = (torch.empty(3, 3, 10, side, device="cuda") for side in (10, 11))
+    monkeypatch.setattr(ops, "_forced", "cuda")
+    assert ops.plan(input, taps=100) is torch.ops.fused_preact
+    with pytest.warns(UserWarning, match="'cuda' does not run kernels of more than 100 values"):
+        assert ops.plan(input, taps=110) is reference
+    monkeypatch.setattr(ops, "_forced", "auto")
+    operators = ops.plan(input, taps=110)
+    assert operators is torch.ops.fused_preact
+    assert ops.plan_conv(operators, small, (1, 1), 1) is operators
+    assert isinstance(ops.plan_conv(operators, large, (1, 1), 1), Composed)
 
 
 def test_layout_warns_once():
