@@ -41,7 +41,7 @@ _DTYPES = {
 # 256 (2^19) is not. CUDA: not measured; from there on arithmetic bounds a 3x3.
 _COMPOSED_FROM = {"cpu": 2**19, "cuda": 2**17}
 # One pixel's window has to fit into the least shared memory of a GPU that the kernels run on.
-_MOST_CUDA_TAPS = 100
+_MOST_CUDA_TAPS = 49
 _ENVIRONMENT = "FUSED_PREACT_BACKEND"
 
 

@@ -2,7 +2,8 @@
 //
 // Blocks stay: each walks over tiles of the same 64 channels, with the weights resident in shared
 // memory where they are small. A step is 32 source channels and up to three taps in one row of the
-// kernel; while it is multiplied, the copies of the next one are under way.
+// kernel; while it is multiplied, the copies of the next one are under way. So are the first copies
+// of the next tile while each warp, by itself, stores its results of this one.
 #pragma once
 
 #include "conv.cuh"
@@ -18,13 +19,18 @@ constexpr int kTapsPerStep = 3;
 // mma's layout nor pieces that are 32 channels apart meet in a bank.
 __host__ __device__ constexpr int stage_column(int c) { return c + c / 32 * 4; }
 constexpr int kStagePitch = stage_column(kTileChannels);
+constexpr int kStageRows = 16;  // of a warp's results that are on their way at once
 
+constexpr int kConvWarps = kConvThreads / 32;
+constexpr int64_t kStageBytes = kStageRows * kStagePitch * static_cast<int64_t>(sizeof(float));
+constexpr int64_t kReduceBytes =
+    kConvThreads * kPiece * Moments::kValues * static_cast<int64_t>(sizeof(float));
 constexpr int64_t kResidentBytes = 48 * 1024;  // of weights that stay
 
 // Shared memory, in bytes from its start; the table of rows comes first.
 constexpr int kAxesAt = kTilePixels * static_cast<int>(sizeof(int));
 struct SharedLayout {
-  int64_t weights, windows, window_bytes, second, streamed, total;
+  int64_t weights, windows, window_bytes, second, streamed, stages, total;
   bool resident;  // all weights at `weights`, else those of two steps at `streamed`
 };
 
@@ -64,40 +70,38 @@ SharedLayout shared_layout(int window_pixels, bool two, int taps_down, int taps_
   layout.window_bytes = int64_t{window_pixels} * pitch<T>(kChunk, false) * kBytes;
   layout.second = layout.windows + 2 * layout.window_bytes;
   layout.streamed = layout.second + (two ? layout.window_bytes : 0);
-  const int64_t end = layout.streamed + (layout.resident ? 0 : 2 * step);
-  // The tile of results and the reduction come when nobody needs the windows any more.
-  const int64_t stage = kTilePixels * kStagePitch * static_cast<int64_t>(sizeof(float));
-  layout.total = std::max(end, layout.windows + stage);
+  layout.stages = layout.streamed + (layout.resident ? 0 : 2 * step);
+  // The reduction comes when nobody needs the windows any more.
+  layout.total = std::max(layout.stages + kConvWarps * kStageBytes, layout.windows + kReduceBytes);
   return layout;
 }
 
 // The tiling of a convolution over the axes r and c (with the most taps and outputs of any phase)
 // and the grid for it: x the tiles, neighbours with the same pixels, z the phases.
-template <typename T, bool kDgrad>
-std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, int64_t images, const Axis& r,
-                                      const Axis& c, const Weight& weight, int64_t input_channels,
-                                      int64_t output_channels, bool two, int phases) {
+template <typename T, bool kDgrad, class Kernel>
+std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel, int64_t images,
+                                      const Axis& r, const Axis& c, const Weight& weight,
+                                      int64_t input_channels, int64_t output_channels, bool two,
+                                      int phases) {
   ConvTiling tiling{images, {}, weight_channels(weight, input_channels), output_channels, {}};
   const int64_t source_channels = kDgrad ? output_channels : input_channels;
   const int64_t result_channels = kDgrad ? input_channels : output_channels;
   const auto layout = [&](int pixels) {
     return shared_layout<T, kDgrad>(pixels, two, r.taps, c.taps, source_channels);
   };
-  const int64_t most_bytes = most_shared_bytes(runtime.device), empty = layout(0).streamed;
-  const int64_t streamed = layout(0).resident ? 0 : layout(0).total - empty;
+  const int64_t free_bytes =
+      most_shared_bytes(runtime.device) - layout(0).stages - kConvWarps * kStageBytes;
   const int64_t pixel_bytes =
       (two ? 3 : 2) * pitch<T>(kChunk, false) * static_cast<int64_t>(sizeof(T));
-  const int64_t most_window =
-      std::min<int64_t>((most_bytes - empty - streamed) / pixel_bytes,
-                        kMostPiecesPerThread * kConvThreads / (kChunk / kPiece));
+  const int64_t most_window = std::min<int64_t>(
+      free_bytes / pixel_bytes, kMostPiecesPerThread * kConvThreads / (kChunk / kPiece));
   tiling.patch = choose_patch(images, r, c, kTilePixels, static_cast<int>(most_window));
   tiling.shared = layout(tiling.patch.window(r, c));
 
-  constexpr int64_t kMostBlocksPerMultiprocessor = 3;
-  const int64_t blocks_per_multiprocessor =
-      std::clamp<int64_t>(most_bytes / tiling.shared.total, 1, kMostBlocksPerMultiprocessor);
   const int64_t tiles_across = ceil_div(result_channels, kTileChannels);
-  const int64_t resident = blocks_per_multiprocessor * multiprocessors(runtime.device);
+  const int64_t resident =
+      resident_blocks(kernel, kConvThreads, tiling.shared.total, runtime.device) *
+      multiprocessors(runtime.device);
   const int64_t blocks =
       std::clamp<int64_t>(resident / (tiles_across * phases), 1, tiling.patch.tiles(images, r, c));
   return {tiling, {static_cast<unsigned>(blocks * tiles_across), 1, static_cast<unsigned>(phases)}};
@@ -118,7 +122,6 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   T* const all_weights = reinterpret_cast<T*>(shared + layout.weights);
   T* const streamed = reinterpret_cast<T*>(shared + layout.streamed);
   T* const second = reinterpret_cast<T*>(shared + layout.second);
-  float* const stage = reinterpret_cast<float*>(shared + layout.windows);
   const auto window_at = [&](int chunk) {
     return reinterpret_cast<T*>(shared + layout.windows + chunk % 2 * layout.window_bytes);
   };
@@ -152,8 +155,11 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
             tile);
     }
   };
+  // Steps and chunks are counted on from tile to tile, so that each takes turns with its
+  // neighbours.
+  int steps_before = 0, chunks_before = 0;
   const auto step_weights = [&](int step) {
-    const int slot = layout.resident ? step : step % 2;
+    const int slot = layout.resident ? step % steps : step % 2;
     return (layout.resident ? all_weights : streamed) +
            slot * taps_of_step(c.taps) * kWeightTile<T, kDgrad>;
   };
@@ -163,33 +169,36 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
     for (int step = 0; step < steps; ++step) fetch_step_weights(step, step_weights(step));
 
   Window<T, Source, kChunk / kPiece, false> window(source, r, c, tiling.patch, tiling.images);
-  const int column = thread % live_pieces, row = thread / live_pieces;
-  const int rows = kConvThreads / live_pieces;
+  const int column = lane % live_pieces, row = lane / live_pieces, rows = 32 / live_pieces;
   const int64_t my_channel = first_channel + column * kPiece;
+  float* const stage = reinterpret_cast<float*>(shared + layout.stages + warp * kStageBytes);
   typename Epilogue::Thread mine(epilogue, my_channel);
 
   const int64_t tiles = tiling.patch.tiles(tiling.images, r, c);
+  // Starts the copies of a step of a tile; the step may be the first of the next one.
+  const auto fetch = [&](int64_t tile, int step, int chunk) {
+    if (step % steps_of_chunk == 0) {
+      const Origin origin(tile, tiling.patch, r, c);
+      window.fetch(origin, int64_t{chunk} % chunks * kChunk, window_at(chunk), second);
+    }
+    if (!layout.resident) fetch_step_weights(step % steps, step_weights(step));
+  };
+  if (steps > 0 && block < tiles) fetch(block, 0, 0);
   for (int64_t tile = block; tile < tiles; tile += blocks) {
     const Origin origin(tile, tiling.patch, r, c);
-    const auto fetch = [&](int step) {
-      const int chunk = step / steps_of_chunk;
-      if (step % steps_of_chunk == 0)
-        window.fetch(origin, int64_t{chunk} * kChunk, window_at(chunk), second);
-      if (!layout.resident) fetch_step_weights(step, step_weights(step));
-    };
-
     float sums[kM][kN][4] = {};
-    if (steps > 0) fetch(0);
-    for (int step = 0; step < steps; ++step) {
-      const int chunk = step / steps_of_chunk, tap_row = step % steps_of_chunk / across;
-      const int first_tap = step % across * kTapsPerStep;
+    for (int i = 0; i < steps; ++i) {
+      const int step = steps_before + i, chunk = chunks_before + i / steps_of_chunk;
+      const int64_t first_source = int64_t{i} / steps_of_chunk * kChunk;
+      const int tap_row = i % steps_of_chunk / across, first_tap = i % across * kTapsPerStep;
       copies_wait();
-      if (step % steps_of_chunk == 0)
-        window.transform(origin, int64_t{chunk} * kChunk, window_at(chunk), second);
+      if (i % steps_of_chunk == 0) window.transform(origin, first_source, window_at(chunk), second);
       __syncthreads();
-      if (step + 1 < steps) fetch(step + 1);
+      const bool last = i + 1 == steps;
+      if (!last || tile + blocks < tiles)
+        fetch(last ? tile + blocks : tile, step + 1, chunks_before + (i + 1) / steps_of_chunk);
 
-      const int64_t source_left = source.channels.count - int64_t{chunk} * kChunk;
+      const int64_t source_left = source.channels.count - first_source;
       const T* const taps =
           window_at(chunk) + (tap_row * window.window_columns + first_tap) * kPitch;
       for (int t = 0; t < kTapsPerStep && first_tap + t < c.taps; ++t) {
@@ -209,34 +218,37 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
         }
       }
     }
+    steps_before += steps;
+    chunks_before += chunks;
 
-    __syncthreads();  // the stage lies where the windows were
+    mine.begin_tile(my_channel);
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m) {
+      __syncwarp();  // the rows before have been read
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float2* const at = reinterpret_cast<float2*>(
-              stage + (warp * 32 + 16 * m + 8 * h + lane / 4) * kStagePitch + stage_column(8 * n) +
-              lane % 4 * 2);
+          float2* const at = reinterpret_cast<float2*>(stage + (8 * h + lane / 4) * kStagePitch +
+                                                       stage_column(8 * n) + lane % 4 * 2);
           store_shared(at, make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]));
         }
-    __syncthreads();
-    mine.begin_tile(my_channel);
-    if (row < rows)
+      __syncwarp();
+      if (row < rows)
 #pragma unroll 1
-      for (int m = row; m < tiling.patch.pixels(); m += rows) {
-        const int64_t n = origin.image + m / (tiling.patch.rows * tiling.patch.columns);
-        const int64_t i = origin.row + m / tiling.patch.columns % tiling.patch.rows;
-        const int64_t j = origin.column + m % tiling.patch.columns;
-        if (n >= tiling.images || i >= r.outputs || j >= c.outputs) continue;
-        const int64_t y = r.out_first + i * r.out_step, x = c.out_first + j * c.out_step;
-        Piece v;
-        read_piece(stage + m * kStagePitch + stage_column(column * kPiece), v);
-        mine.store(((n * height + y) * width + x) * result.count + my_channel, v);
-      }
-    __syncthreads();  // the next tile's windows lie where the stage was
+        for (int i = row; i < kStageRows; i += rows) {
+          const int pixel = warp * 32 + m * kStageRows + i;
+          if (pixel >= tiling.patch.pixels()) break;
+          const int64_t n = origin.image + pixel / (tiling.patch.rows * tiling.patch.columns);
+          const int64_t p = origin.row + pixel / tiling.patch.columns % tiling.patch.rows;
+          const int64_t q = origin.column + pixel % tiling.patch.columns;
+          if (n >= tiling.images || p >= r.outputs || q >= c.outputs) continue;
+          const int64_t y = r.out_first + p * r.out_step, x = c.out_first + q * c.out_step;
+          Piece v;
+          read_piece(stage + i * kStagePitch + stage_column(column * kPiece), v);
+          mine.store(((n * height + y) * width + x) * result.count + my_channel, v);
+        }
+    }
   }
 
   if (!memory.partial) return;
@@ -247,7 +259,9 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
                             block + blocks * static_cast<int>(blockIdx.z),
                             first_channel,
                             live_pieces * kPiece};
-  reduce(reduction, mine.reduced, column, row, rows, stage, reduced);
+  const int all_rows = kConvWarps * rows;
+  reduce(reduction, mine.reduced, column, row < rows ? warp * rows + row : all_rows, all_rows,
+         reinterpret_cast<float*>(shared + layout.windows), reduced);
 }
 
 }  // namespace preact::cuda

@@ -96,8 +96,9 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
   const int phases = static_cast<int>(s.stride_height * s.stride_width);
   dispatch_conv(op, [&]<typename T, Activation kActivation>() {
     const Gradient<T> source(op.grad, op.shape.output);
-    const auto [tiling, grid] = tile_conv<T, true>(runtime, images, rows, columns, op.weight, c, k,
-                                                   op.grad.output != nullptr, phases);
+    const auto kernel = preact_conv_dgrad_kernel<T, kActivation>;
+    const auto [tiling, grid] = tile_conv<T, true>(
+        runtime, kernel, images, rows, columns, op.weight, c, k, op.grad.output != nullptr, phases);
     const int64_t parts = grid.x / ceil_div(c, kTileChannels) * phases;
     ReductionMemory memory;
     if (op.sums) memory = {runtime, Sums::kValues, parts, c, ceil_div(c, kTileChannels)};
@@ -105,9 +106,9 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
         channels_of(c, {op.addend, op.input, op.affine, op.g}), static_cast<const T*>(op.addend),
         static_cast<const T*>(op.input), static_cast<const float*>(op.affine),
         static_cast<T*>(op.g)};
-    launch("preact_conv_dgrad", preact_conv_dgrad_kernel<T, kActivation>, grid, kConvThreads,
-           tiling.shared.total, runtime.device, runtime.stream, tiling, s, source, op.weight,
-           epilogue, memory, static_cast<float*>(op.sums));
+    launch("preact_conv_dgrad", kernel, grid, kConvThreads, tiling.shared.total, runtime.device,
+           runtime.stream, tiling, s, source, op.weight, epilogue, memory,
+           static_cast<float*>(op.sums));
   });
 }
 

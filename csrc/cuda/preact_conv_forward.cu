@@ -66,8 +66,9 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
   const Axis columns = forward_axis(s.input.width, s.output.width, 0,
                                     static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
   dispatch_conv(op, [&]<typename T, Activation kActivation>() {
+    const auto kernel = preact_conv_forward_kernel<T, kActivation>;
     const auto [tiling, grid] =
-        tile_conv<T, false>(runtime, images, rows, columns, op.weight, c, k, false, 1);
+        tile_conv<T, false>(runtime, kernel, images, rows, columns, op.weight, c, k, false, 1);
     const int64_t parts = grid.x / ceil_div(k, kTileChannels);
     ReductionMemory memory;
     if (op.stats) memory = {runtime, Moments::kValues, parts, k, ceil_div(k, kTileChannels)};
@@ -77,9 +78,9 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
     const ForwardEpilogue<T> epilogue{channels_of(k, {op.residual, op.output}),
                                       static_cast<const T*>(op.residual),
                                       static_cast<T*>(op.output)};
-    launch("preact_conv_forward", preact_conv_forward_kernel<T, kActivation>, grid, kConvThreads,
-           tiling.shared.total, runtime.device, runtime.stream, tiling, rows, columns, source,
-           op.weight, epilogue, memory, static_cast<float*>(op.stats),
+    launch("preact_conv_forward", kernel, grid, kConvThreads, tiling.shared.total, runtime.device,
+           runtime.stream, tiling, rows, columns, source, op.weight, epilogue, memory,
+           static_cast<float*>(op.stats),
            AffineMaker(op.next.weight, op.next.bias, op.next.eps, op.next.affine));
   });
 }

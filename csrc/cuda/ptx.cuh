@@ -189,6 +189,20 @@ inline int64_t most_shared_bytes(int device) {
   return device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+// How many blocks of a kernel a multiprocessor has room for at once.
+template <typename... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes,
+                        int device) {
+  const int bytes = static_cast<int>(shared_bytes);
+  int blocks = 0;
+  check(cudaSetDevice(device), "cudaSetDevice");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "cudaFuncSetAttribute");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks;
+}
+
 inline void zero(void* memory, int64_t bytes, int device, void* stream) {
   check(cudaSetDevice(device), "cudaSetDevice");
   check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),

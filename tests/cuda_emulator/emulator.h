@@ -65,6 +65,9 @@ void run(const char* name, const void* symbol, Index grid, int threads, int64_t 
 
 inline void __syncthreads() { emulator::barrier(); }
 inline void __threadfence() {}
+inline void __syncwarp() {
+  emulator::together(nullptr, [](void*(&)[32]) {});
+}
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 using std::sqrt;
@@ -215,6 +218,11 @@ void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 // --- launches ------------------------------------------------------------------------------------
 
 inline int multiprocessors(int) { return emulator::device.multiprocessors; }
+// As shared memory has room; registers are no more than two blocks of 128 threads may have.
+template <typename Kernel>
+int64_t resident_blocks(Kernel, int, int64_t shared_bytes, int) {
+  return emulator::device.most_shared_bytes >= 2 * shared_bytes ? 2 : 1;
+}
 inline int64_t most_shared_bytes(int) { return emulator::device.most_shared_bytes; }
 inline void zero(void* memory, int64_t bytes, int, void*) {
   if (!emulator::recording) std::memset(memory, 0, static_cast<size_t>(bytes));

@@ -130,7 +130,7 @@ def test_order_of_threads_and_blocks_does_not_matter(emulator, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", [(10, 10), (1, 100), (100, 1)], ids=str)
+@pytest.mark.parametrize("kernel", [(7, 7), (1, 49), (49, 1)], ids=str)
 def test_kernels_that_the_planner_allows_fit(emulator, kernel, dtype):
     """Into 99 KB of shared memory, with all that takes room; a larger one is an error in words."""
     shape = Shape(1, 64, kernel[0] + 3, kernel[1] + 3, 64, kernel)

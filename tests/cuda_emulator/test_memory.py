@@ -119,15 +119,16 @@ def test_convolutions_touch_what_their_heads_say(emulator, kernel, dtype):
     calls = layer.calls()
     # an 8x16 patch of a 16x16 image reads 9 of its rows, twice
     halo = 9 / 8 if kernel == 3 else 1
-    # 1x1: resident, once for each of the blocks, one a tile; 3x3: streamed, once a tile
-    tiles = 2 * SIZE * SIZE / 128
+
+    def weights(grid):  # 1x1: resident, once for each of the blocks; 3x3: streamed, once a tile
+        return grid[0] if kernel == 1 else 2 * SIZE * SIZE / 128
 
     results, counts, grid = count(emulator, "preact_conv_forward", calls["preact_conv_forward"])
-    reads = {layer.u: halo, layer.residual: 1, layer.weight: tiles}
+    reads = {layer.u: halo, layer.residual: 1, layer.weight: weights(grid)}
     hold(counts, reads, [layer.affine], results, grid[0] * 5 * 64 * 4)
 
     results, counts, grid = count(emulator, "preact_conv_dgrad", calls["preact_conv_dgrad"])
-    reads = {layer.g: halo, layer.y: halo, layer.u: 1, layer.addend: 1, layer.weight: tiles}
+    reads = {layer.g: halo, layer.y: halo, layer.u: 1, layer.addend: 1, layer.weight: weights(grid)}
     vectors = [layer.affine, layer.y_affine, layer.y_sums]
     hold(counts, reads, vectors, results, grid[0] * 2 * 64 * 4)
 

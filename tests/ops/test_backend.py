@@ -137,13 +137,13 @@ def test_cuda_refuses_large_kernels(monkeypatch):
     monkeypatch.setattr(ops, "_cuda_status", lambda: None)
     with FakeTensorMode():
         input = torch.empty(1, 3, 32, 32, device="cuda")
-        small, large = (torch.empty(3, 3, 10, side, device="cuda") for side in (10, 11))
+        small, large = (torch.empty(3, 3, 7, side, device="cuda") for side in (7, 8))
     monkeypatch.setattr(ops, "_forced", "cuda")
-    assert ops.plan(input, taps=100) is torch.ops.fused_preact
-    with pytest.warns(UserWarning, match="'cuda' does not run kernels of more than 100 values"):
-        assert ops.plan(input, taps=110) is reference
+    assert ops.plan(input, taps=49) is torch.ops.fused_preact
+    with pytest.warns(UserWarning, match="'cuda' does not run kernels of more than 49 values"):
+        assert ops.plan(input, taps=56) is reference
     monkeypatch.setattr(ops, "_forced", "auto")
-    operators = ops.plan(input, taps=110)
+    operators = ops.plan(input, taps=56)
     assert operators is torch.ops.fused_preact
     assert ops.plan_conv(operators, small, (1, 1), 1) is operators
     assert isinstance(ops.plan_conv(operators, large, (1, 1), 1), Composed)
