@@ -15,7 +15,6 @@
 
 namespace preact::cuda {
 
-constexpr int kConvThreads = 128;
 constexpr int kMostPiecesPerThread = 32;  // of a window: one bit each says which are not padding
 
 // --- geometry ------------------------------------------------------------------------------------
@@ -211,10 +210,10 @@ PREACT_DEVICE int row_of_thread(int i) {
 // A block's window of an operand: kPieces pieces of channels for each pixel, zero where the image
 // or the channels end. A thread transforms the pieces that it copied, so no barrier lies between.
 // kTransposed: multiply() reads it transposed.
-template <typename T, class Source, int kPieces, bool kTransposed>
+template <typename T, class Source, int kPieces, bool kTransposed, int kThreads>
 struct Window {
   static constexpr int kPitch = pitch<T>(kPieces * kPiece, kTransposed);
-  static constexpr int kRowStep = kConvThreads / kPieces;
+  static constexpr int kRowStep = kThreads / kPieces;
   static constexpr int kMostPixels = kMostPiecesPerThread * kRowStep;
 
   const Source& source;
@@ -318,7 +317,7 @@ struct Window {
 PREACT_DEVICE void fill_row_table(int* table, int rows, const Patch& patch, const Axis& r,
                                   const Axis& c, int row_pitch) {
   const int window_rows = r.window(patch.rows), window_columns = c.window(patch.columns);
-  for (int m = static_cast<int>(threadIdx.x); m < rows; m += kConvThreads) {
+  for (int m = static_cast<int>(threadIdx.x); m < rows; m += static_cast<int>(blockDim.x)) {
     const int n = m / (patch.rows * patch.columns);
     const int i = m / patch.columns % patch.rows, j = m % patch.columns;
     const int w = (n * window_rows + i * r.step) * window_columns + j * c.step;
@@ -327,14 +326,14 @@ PREACT_DEVICE void fill_row_table(int* table, int rows, const Patch& patch, cons
 }
 
 // Copies W[k0 : k0 + kRows, c0 : c0 + kColumns] of one tap into shared memory, zero beyond the end.
-template <typename T, int kRows, int kColumns, int kPitch>
+template <typename T, int kRows, int kColumns, int kPitch, int kThreads>
 PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
                                  const Channels& channels, int64_t k0, int64_t c0, int tap_row,
                                  int tap_column, T* shared) {
   constexpr int kPieces = kColumns / kPiece;
   const T* const tap =
       static_cast<const T*>(weight.data) + tap_row * weight.stride_r + tap_column * weight.stride_s;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kConvThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kThreads) {
     const int row = row_of_thread<T, kPieces>(i);
     const int64_t k = k0 + row, first = c0 + i % kPieces * kPiece;
     const int valid = k < output_channels ? channels.valid(first) : 0;

@@ -50,8 +50,8 @@ struct DgradEpilogue {
   };
 };
 
-template <typename T, Activation kActivation>
-__global__ __launch_bounds__(kConvThreads) void preact_conv_dgrad_kernel(
+template <typename T, Activation kActivation, int kAcross>
+__global__ __launch_bounds__(ConvTile<kAcross>::kThreads) void preact_conv_dgrad_kernel(
     const ConvTiling tiling, const ConvShape s, const Gradient<T> source, const Weight weight,
     const DgradEpilogue<T, kActivation> epilogue, const ReductionMemory memory,
     float* sums) {  // [2, C] or null
@@ -66,11 +66,12 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_dgrad_kernel(
                          blockIdx.z % s.stride_width);
   }
   __syncthreads();
-  conv_tiles<T, true>(tiling, axes[0], axes[1], source, weight, epilogue.channels, s.input.height,
-                      s.input.width, epilogue, memory, [&](int64_t i, const Sums& total) {
-                        store(sums + i, total.s1);
-                        store(sums + c + i, total.s2 * load(epilogue.affine + c + i));
-                      });
+  conv_tiles<T, true, kAcross>(tiling, axes[0], axes[1], source, weight, epilogue.channels,
+                               s.input.height, s.input.width, epilogue, memory,
+                               [&](int64_t i, const Sums& total) {
+                                 store(sums + i, total.s1);
+                                 store(sums + c + i, total.s2 * load(epilogue.affine + c + i));
+                               });
 }
 
 // The most taps and outputs that a phase has along an axis.
@@ -95,20 +96,24 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
       most_of(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left);
   const int phases = static_cast<int>(s.stride_height * s.stride_width);
   dispatch_conv(op, [&]<typename T, Activation kActivation>() {
-    const Gradient<T> source(op.grad, op.shape.output);
-    const auto kernel = preact_conv_dgrad_kernel<T, kActivation>;
-    const auto [tiling, grid] = tile_conv<T, true>(
-        runtime, kernel, images, rows, columns, op.weight, c, k, op.grad.output != nullptr, phases);
-    const int64_t parts = grid.x / ceil_div(c, kTileChannels) * phases;
-    ReductionMemory memory;
-    if (op.sums) memory = {runtime, Sums::kValues, parts, c, ceil_div(c, kTileChannels)};
-    const DgradEpilogue<T, kActivation> epilogue{
-        channels_of(c, {op.addend, op.input, op.affine, op.g}), static_cast<const T*>(op.addend),
-        static_cast<const T*>(op.input), static_cast<const float*>(op.affine),
-        static_cast<T*>(op.g)};
-    launch("preact_conv_dgrad", kernel, grid, kConvThreads, tiling.shared.total, runtime.device,
-           runtime.stream, tiling, s, source, op.weight, epilogue, memory,
-           static_cast<float*>(op.sums));
+    choose_tile<T>(runtime, s.input.pixels(), c, [&]<int kAcross>() {
+      const int64_t groups = ceil_div(c, ConvTile<kAcross>::kChannels);
+      const Gradient<T> source(op.grad, op.shape.output);
+      const auto kernel = preact_conv_dgrad_kernel<T, kActivation, kAcross>;
+      const auto [tiling, grid] =
+          tile_conv<T, true, kAcross>(runtime, kernel, images, rows, columns, op.weight, c, k,
+                                      op.grad.output != nullptr, phases);
+      const int64_t parts = grid.x / groups * phases;
+      ReductionMemory memory;
+      if (op.sums) memory = {runtime, Sums::kValues, parts, c, groups};
+      const DgradEpilogue<T, kActivation> epilogue{
+          channels_of(c, {op.addend, op.input, op.affine, op.g}), static_cast<const T*>(op.addend),
+          static_cast<const T*>(op.input), static_cast<const float*>(op.affine),
+          static_cast<T*>(op.g)};
+      launch("preact_conv_dgrad", kernel, grid, ConvTile<kAcross>::kThreads, tiling.shared.total,
+             runtime.device, runtime.stream, tiling, s, source, op.weight, epilogue, memory,
+             static_cast<float*>(op.sums));
+    });
   });
 }
 

@@ -36,8 +36,8 @@ struct ForwardEpilogue {
   };
 };
 
-template <typename T, Activation kActivation>
-__global__ __launch_bounds__(kConvThreads) void preact_conv_forward_kernel(
+template <typename T, Activation kActivation, int kAcross>
+__global__ __launch_bounds__(ConvTile<kAcross>::kThreads) void preact_conv_forward_kernel(
     const ConvTiling tiling, const Axis rows, const Axis columns,
     const Activated<T, kActivation> source, const Weight weight, const ForwardEpilogue<T> epilogue,
     const ReductionMemory memory,
@@ -45,13 +45,14 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_forward_kernel(
     const AffineMaker next) {
   const int64_t k = tiling.output_channels;
   const float pixels = static_cast<float>(tiling.images * rows.outputs * columns.outputs);
-  conv_tiles<T, false>(tiling, rows, columns, source, weight, epilogue.channels, rows.outputs,
-                       columns.outputs, epilogue, memory, [&](int64_t c, const Moments& total) {
-                         const float mean = total.mean(), variance = total.squares / pixels;
-                         store(stats + c, mean);
-                         store(stats + k + c, variance);
-                         if (next.affine) next.make(k, c, mean, variance);
-                       });
+  conv_tiles<T, false, kAcross>(
+      tiling, rows, columns, source, weight, epilogue.channels, rows.outputs, columns.outputs,
+      epilogue, memory, [&](int64_t c, const Moments& total) {
+        const float mean = total.mean(), variance = total.squares / pixels;
+        store(stats + c, mean);
+        store(stats + k + c, variance);
+        if (next.affine) next.make(k, c, mean, variance);
+      });
 }
 
 }  // namespace
@@ -66,22 +67,25 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
   const Axis columns = forward_axis(s.input.width, s.output.width, 0,
                                     static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
   dispatch_conv(op, [&]<typename T, Activation kActivation>() {
-    const auto kernel = preact_conv_forward_kernel<T, kActivation>;
-    const auto [tiling, grid] =
-        tile_conv<T, false>(runtime, kernel, images, rows, columns, op.weight, c, k, false, 1);
-    const int64_t parts = grid.x / ceil_div(k, kTileChannels);
-    ReductionMemory memory;
-    if (op.stats) memory = {runtime, Moments::kValues, parts, k, ceil_div(k, kTileChannels)};
-    const Activated<T, kActivation> source{channels_of(c, {op.input, op.affine}),
-                                           static_cast<const T*>(op.input),
-                                           static_cast<const float*>(op.affine)};
-    const ForwardEpilogue<T> epilogue{channels_of(k, {op.residual, op.output}),
-                                      static_cast<const T*>(op.residual),
-                                      static_cast<T*>(op.output)};
-    launch("preact_conv_forward", kernel, grid, kConvThreads, tiling.shared.total, runtime.device,
-           runtime.stream, tiling, rows, columns, source, op.weight, epilogue, memory,
-           static_cast<float*>(op.stats),
-           AffineMaker(op.next.weight, op.next.bias, op.next.eps, op.next.affine));
+    choose_tile<T>(runtime, s.output.pixels(), k, [&]<int kAcross>() {
+      const int64_t groups = ceil_div(k, ConvTile<kAcross>::kChannels);
+      const auto kernel = preact_conv_forward_kernel<T, kActivation, kAcross>;
+      const auto [tiling, grid] = tile_conv<T, false, kAcross>(runtime, kernel, images, rows,
+                                                               columns, op.weight, c, k, false, 1);
+      const int64_t parts = grid.x / groups;
+      ReductionMemory memory;
+      if (op.stats) memory = {runtime, Moments::kValues, parts, k, groups};
+      const Activated<T, kActivation> source{channels_of(c, {op.input, op.affine}),
+                                             static_cast<const T*>(op.input),
+                                             static_cast<const float*>(op.affine)};
+      const ForwardEpilogue<T> epilogue{channels_of(k, {op.residual, op.output}),
+                                        static_cast<const T*>(op.residual),
+                                        static_cast<T*>(op.output)};
+      launch("preact_conv_forward", kernel, grid, ConvTile<kAcross>::kThreads, tiling.shared.total,
+             runtime.device, runtime.stream, tiling, rows, columns, source, op.weight, epilogue,
+             memory, static_cast<float*>(op.stats),
+             AffineMaker(op.next.weight, op.next.bias, op.next.eps, op.next.affine));
+    });
   });
 }
 

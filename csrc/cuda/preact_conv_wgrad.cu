@@ -13,6 +13,7 @@ namespace preact {
 namespace cuda {
 namespace {
 
+constexpr int kThreads = 128;
 constexpr int kTile = 64;         // channels, of both
 constexpr int kPatchPixels = 64;  // the GEMM's k axis, in one step
 constexpr int kReduceThreads = 256;
@@ -24,7 +25,7 @@ struct WgradTiling {
 };
 
 template <typename T, Activation kActivation, int kTaps>
-__global__ __launch_bounds__(kConvThreads) void preact_conv_wgrad_kernel(
+__global__ __launch_bounds__(kThreads) void preact_conv_wgrad_kernel(
     const WgradTiling tiling, const ConvShape s, const Gradient<T> grad,
     const Activated<T, kActivation> input,
     float* partial) {  // [splits, R * S, K, C]
@@ -61,10 +62,10 @@ __global__ __launch_bounds__(kConvThreads) void preact_conv_wgrad_kernel(
   };
   fill_row_table(table, kPatchPixels, tiling.patch, rows, columns, kPitch);
 
-  Window<T, Gradient<T>, kPieces, true> dy(grad, grad_rows, grad_columns, tiling.patch,
-                                           s.input.images, kPatchPixels);
-  Window<T, Activated<T, kActivation>, kPieces, true> h(input, rows, columns, tiling.patch,
-                                                        s.input.images);
+  Window<T, Gradient<T>, kPieces, true, kThreads> dy(grad, grad_rows, grad_columns, tiling.patch,
+                                                     s.input.images, kPatchPixels);
+  Window<T, Activated<T, kActivation>, kPieces, true, kThreads> h(input, rows, columns,
+                                                                  tiling.patch, s.input.images);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int warp_k = thread / 64 * 32, warp_c = thread / 32 % 2 * 32;
   const int live = static_cast<int>(c - first_c - warp_c < 32 ? c - first_c - warp_c : 32);
@@ -151,7 +152,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   constexpr int64_t kPixelBytes = pitch<T>(kTile, true) * static_cast<int64_t>(sizeof(T));
   const int64_t fixed = kPatchPixels * static_cast<int64_t>(sizeof(int)) +
                         (op.grad.output ? 3 : 2) * kPatchPixels * kPixelBytes;
-  using Inputs = Window<T, Activated<T, kActivation>, kTile / kPiece, true>;
+  using Inputs = Window<T, Activated<T, kActivation>, kTile / kPiece, true, kThreads>;
   const int64_t most_window = std::min<int64_t>(
       (most_shared_bytes(runtime.device) - fixed) / (2 * kPixelBytes), Inputs::kMostPixels);
   WgradTiling tiling{};
@@ -178,7 +179,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
                                         static_cast<const float*>(op.affine)};
   const Grid grid{static_cast<unsigned>(tiling.splits), static_cast<unsigned>(channel_tiles),
                   static_cast<unsigned>(tap_groups)};
-  launch("preact_conv_wgrad", preact_conv_wgrad_kernel<T, kActivation, kTaps>, grid, kConvThreads,
+  launch("preact_conv_wgrad", preact_conv_wgrad_kernel<T, kActivation, kTaps>, grid, kThreads,
          tiling.shared_bytes, runtime.device, runtime.stream, tiling, s,
          Gradient<T>(op.grad, s.output), input, partial);
   launch("preact_conv_wgrad (splits)", reduce_splits_kernel,

@@ -243,8 +243,28 @@ def test_out_of_bounds_write_is_found(sanitized, tmp_path):
     assert "heap-buffer-overflow" in result.stderr and "WRITE of size 4" in result.stderr
 
 
+def test_wide_tiles_need_room_and_blocks_enough(emulator):
+    """128 channels a tile, 256 threads: 16 bits, a large shared memory, a tile a multiprocessor."""
+
+    def threads(dtype, channels, multiprocessors, shared_bytes):
+        u, weight = torch.zeros(2, 8, 16, 16, dtype=dtype), torch.zeros(channels, 8, 3, 3)
+        with emulator.recording(multiprocessors, shared_bytes) as launches:
+            emulator.operators.preact_conv_forward(
+                *(u, None, weight.to(dtype), None, (1, 1), (1,) * 4, (1, 1), 1, "relu", False)
+            )
+        return launches[0].threads
+
+    assert threads(torch.bfloat16, 128, 4, 163 * 1024) == 256
+    assert threads(torch.bfloat16, 128, 5, 163 * 1024) == 128
+    assert threads(torch.bfloat16, 128, 4, 99 * 1024) == 128
+    assert threads(torch.bfloat16, 192, 4, 163 * 1024) == 128
+    assert threads(torch.float32, 128, 4, 163 * 1024) == 128
+
+
 def test_shapes_reach_every_path():
-    """Vectors and odd channels, one tile and several, whole images and patches."""
+    """Vectors and odd channels, one tile and several, whole images and patches, wide tiles."""
+    assert any(shape.filters % 128 == 0 for shape in SHAPES)
+    assert any(shape.channels % 128 == 0 for shape in SHAPES)
     assert {shape.channels % 8 == 0 for shape in SHAPES} == {True, False}
     assert any(shape.filters > 64 for shape in SHAPES)
     assert any(isinstance(shape, Shape) and shape.kernel[1] > 3 for shape in SHAPES)

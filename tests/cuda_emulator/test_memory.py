@@ -174,6 +174,8 @@ VECTORS = {("bn.cuh", READ, 16): 2}
 # The stage's rows are 2 * 16 bytes apart modulo the banks, for mma's layout; fewer channels than 64
 # read two or more rows at once. Once a tile, from float32 sums.
 NARROW = {("conv_tiles.cuh", SHARED_READ, 16): 2}
+# The sums of a wide tile, once a block: of its rows of 128 channels, two meet in a bank.
+WIDE = {("reduce.cuh", SHARED_WRITTEN, 4): 2}
 # ldmatrix takes every other pixel of the window: eight rows in four places.
 STRIDED = {("conv.cuh", MATRIX_READ, 16): 2}
 
@@ -182,10 +184,10 @@ STRIDED = {("conv.cuh", MATRIX_READ, 16): 2}
     ("channels", "filters", "kernel", "known"),
     [
         (64, 64, 1, VECTORS),
-        (256, 64, 1, VECTORS),
-        (64, 256, 1, VECTORS),
+        (256, 64, 1, VECTORS | WIDE),
+        (64, 256, 1, VECTORS | WIDE),
         (64, 64, 3, VECTORS),
-        (128, 128, 3, VECTORS),
+        (128, 128, 3, VECTORS | WIDE),
         (32, 32, 3, VECTORS | NARROW),
         (64, 16, 1, VECTORS | NARROW),
     ],
