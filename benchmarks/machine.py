@@ -15,6 +15,7 @@ import fused_preact
 
 COPY_BYTES = 256 << 20  # far beyond any cache
 MATRIX = 1024
+CONV_IMAGES, CONV_FILTERS = (64, 256, 16, 16), (256, 256, 3, 3)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -55,9 +56,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """
     a = torch.randn(MATRIX, MATRIX, device=device).to(dtype)
     b = torch.randn(MATRIX, MATRIX, device=device).to(dtype)
-    pixels, filters = a.view(MATRIX, MATRIX, 1, 1), b.view(MATRIX, MATRIX, 1, 1)
-    products = lambda: a @ b, lambda: F.conv2d(pixels, filters)
-    return 2 * MATRIX**3 / min(_median_seconds(product, device) for product in products)
+    matmul = 2 * MATRIX**3 / _median_seconds(lambda: a @ b, device)
+    images, filters = (
+        torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in (CONV_IMAGES, CONV_FILTERS)
+    )
+    operations = 2 * images.numel() * filters.numel() // CONV_FILTERS[0]
+    convolution = operations / _median_seconds(lambda: F.conv2d(images, filters, padding=1), device)
+    return max(matmul, convolution)
 
 
 def _median_seconds(run: Any, device: torch.device, rounds: int = 9) -> float:
