@@ -19,6 +19,7 @@ and then what the last block takes to merge the others' sums; never less than a 
 
 import json
 import math
+import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -356,7 +357,8 @@ def markdown(device: Device, kernels: dict[str, Kernel], steps: dict[str, list[R
     lines = [
         f"# {device.name}: predicted times of the CUDA kernels",
         "",
-        "Every time here is a prediction by `benchmarks/kernel_report.py`; no GPU gave any.",
+        "Every time here is a prediction by `benchmarks/kernel_report.py`; no GPU gave any. It is of",
+        f"the kernels as of commit {kernels_commit()}.",
         "How a launch is predicted, and what is assumed, stands at the end. Every convolution is",
         'by our kernels, as under `backend("cuda")`; the planner gives wide ones to PyTorch.',
         "",
@@ -381,6 +383,14 @@ def markdown(device: Device, kernels: dict[str, Kernel], steps: dict[str, list[R
     lines += ["", figures, SOURCES]
     text = "\n".join(lines)
     return text.replace("predicted to take", "A launch is predicted to take", 1)
+
+
+def kernels_commit() -> str:
+    """The last commit that changed csrc/cuda."""
+    command = ["git", "log", "-1", "--format=%h", "--", "csrc/cuda"]
+    folder = Path(__file__).resolve().parent.parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
