@@ -357,8 +357,8 @@ def markdown(device: Device, kernels: dict[str, Kernel], steps: dict[str, list[R
     lines = [
         f"# {device.name}: predicted times of the CUDA kernels",
         "",
-        "Every time here is a prediction by `benchmarks/kernel_report.py`; no GPU gave any. It is of",
-        f"the kernels as of commit {kernels_commit()}.",
+        "Every time here is a prediction by `benchmarks/kernel_report.py`; no GPU gave any. It is",
+        f"of the kernels as of commit {kernels_commit()}.",
         "How a launch is predicted, and what is assumed, stands at the end. Every convolution is",
         'by our kernels, as under `backend("cuda")`; the planner gives wide ones to PyTorch.',
         "",
