@@ -6,8 +6,10 @@ forward, and nothing is cached. A child that somebody replaced, hooked or patche
 instead, and with it the whole unit runs child by child.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -68,6 +70,7 @@ class PreActUnit(nn.Module):
         convs = [getattr(self, f"conv{i + 1}") for i in range(self.depth)]
         if not self._is_plain(bns, convs):
             return self._call_children(input, bns, convs)
+        _count_batch(bns)
         return functional.preact_unit(
             input,
             [None if bn is None else _read_batch_norm(bn) for bn in bns],
@@ -183,6 +186,7 @@ class PreActBottleneck(PreActUnit):
 def bn_activation(bn: nn.Module, input: Tensor, activation: str) -> Tensor:
     """activation(bn(input)), fused where bn is a plain nn.BatchNorm2d; (N, C, H, W) both."""
     if _is_unchanged(bn, nn.BatchNorm2d):
+        _count_batch([bn])
         weight, bias, running_mean, running_var, training, momentum, eps = _read_batch_norm(bn)
         return functional.bn_relu(
             input,
@@ -220,13 +224,20 @@ def _is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     )
 
 
+def _count_batch(bns: Sequence[nn.BatchNorm2d | None]) -> None:
+    """num_batches_tracked of all of them, as nn.BatchNorm2d.forward counts, in one launch."""
+    counting = [bn for bn in bns if bn is not None and bn.training and bn.track_running_stats]
+    counters = [bn.num_batches_tracked for bn in counting if bn.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+
+
 def _read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
-    """What nn.BatchNorm2d.forward passes to batch_norm; counts the batch as it does."""
+    """What nn.BatchNorm2d.forward passes to batch_norm once it has counted the batch."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # the average of all batches
-            momentum = 1.0 / float(bn.num_batches_tracked)
+    counts = bn.training and bn.track_running_stats
+    if bn.momentum is None and counts and bn.num_batches_tracked is not None:
+        momentum = 1.0 / float(bn.num_batches_tracked)  # the average of all batches
     uses_running = not bn.training or bn.track_running_stats
     return BatchNorm(
         bn.weight,
