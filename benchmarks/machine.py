@@ -66,6 +66,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return max(matmul, convolution)
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether it has instructions for that; torch emulates them where a processor has none."""
+    info = Path("/proc/cpuinfo")
+    return device != "cpu" or (info.exists() and "avx512_bf16" in info.read_text())
+
+
 def _median_seconds(run: Any, device: torch.device, rounds: int = 9) -> float:
     seconds = []
     for _ in range(rounds + 2):

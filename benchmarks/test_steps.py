@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import all_cases
 from contenders import contenders, our_backends
+from machine import multiplies_bfloat16
 from measure import Clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +25,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         everybody = contenders(case, DEVICE, our_backends(DEVICE), full)
         for dtype in torch.float32, torch.bfloat16:
             # where a CPU has no bfloat16 instructions, a network takes minutes in it
-            slow = DEVICE == "cpu" and dtype == torch.bfloat16 and case.group in ("step", "attack")
+            slow = (
+                dtype == torch.bfloat16
+                and case.group in ("step", "attack")
+                and not multiplies_bfloat16(DEVICE)
+            )
             quick = case.quick and not slow
             for contender in everybody if full or quick else ():
                 name = f"{case.group}-{case.name}-{case.passes}-{dtype}-{contender.name}"
