@@ -1,7 +1,7 @@
 // preact_conv_dgrad: g = (dgrad(dy, W) + addend) * act'(z),  S1 = sum g,
 //   S2 = sum g * (u - mean) * rstd;  dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
-// Reads g', u' [M', K] once for each 64 input channels (from the cache after the first) with the
-// halo of its patches, u, addend [M, C], the weights; writes g [M, C]. FLOPs 2*M'*K*C*R*S.
+// Reads g', u' [M', K] once for each 64 or 128 input channels (from the cache after the first) with
+// the halo of its patches, u, addend [M, C], the weights; writes g [M, C]. FLOPs 2*M'*K*C*R*S.
 //
 // The pixels of u with the same place in the stride's grid (its phase) are reached by the same
 // taps: each phase, blockIdx.z, is a convolution of stride 1 over dy.

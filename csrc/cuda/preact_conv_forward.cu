@@ -1,7 +1,7 @@
 // preact_conv_forward: y = conv(h, W) + residual, h = act(scale * (u - mean) + shift), and the mean
 // and variance of y, with the affine of the BatchNorm that reads it.
-// Reads u [M, C] once for each 64 output channels (from the cache after the first) with the halo of
-// its patches, the residual [M', K], the weights; writes y [M', K]. FLOPs 2*M'*K*C*R*S.
+// Reads u [M, C] once for each 64 or 128 output channels (from the cache after the first) with the
+// halo of its patches, the residual [M', K], the weights; writes y [M', K]. FLOPs 2*M'*K*C*R*S.
 #include "conv_tiles.cuh"
 
 namespace preact {

@@ -172,6 +172,19 @@ def test_missing_barrier_is_found(emulator, tmp_path):
 
 
 @pytest.mark.skipif(SANITIZED, reason="builds by itself")
+def test_missing_barrier_of_a_warp_is_found(emulator, tmp_path):
+    """The epilogue that reads the stage before the other lanes have written their part."""
+    before = "      __syncwarp();\n"
+    cuda = broken(tmp_path, "preact_conv_forward.cu", before, "", "conv_tiles.cuh")
+    library = build(tmp_path / "build", "preact_warp", cuda=cuda, reuse=emulator.library.parent)
+    shape = SHAPES[4]
+    truth = run(reference, shape, torch.bfloat16, "relu", True)["preact_conv_forward"]
+    operators = Emulator(library, "preact_warp").operators
+    found = run(operators, shape, torch.bfloat16, "relu", True)["preact_conv_forward"]
+    assert not torch.allclose(found, truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
+
+
+@pytest.mark.skipif(SANITIZED, reason="builds by itself")
 def test_barrier_that_not_every_thread_reaches_is_named(emulator, tmp_path):
     before = "  const Affine bn(affine, p.channels, me.channel);\n"
     after = before + "  if (threadIdx.x < 7) __syncthreads();\n"
