@@ -149,6 +149,37 @@ struct Packed {
   }
 };
 
+// dy of a convolution's output; where BatchNorm's backward pass is deferred, its end.
+template <typename S>
+class OutputGradient {
+ public:
+  OutputGradient(const OutputGrad& grad, const ImageShape& shape)
+      : channels_(shape.channels), g_(static_cast<const S*>(grad.grad)) {
+    if (!grad.output) return;
+    if (grad.sums) output_ = static_cast<const S*>(grad.output);
+    coefficients_.resize(4 * channels_);
+    grad_coefficients(static_cast<const A*>(grad.affine), static_cast<const A*>(grad.sums),
+                      channels_, shape.pixels(), coefficients_.data());
+  }
+
+  // dy where it lies, or null if something is still to be done to it.
+  const S* plain() const { return coefficients_.empty() ? g_ : nullptr; }
+
+  // Pixels [first, first + count) as they are multiplied.
+  template <typename O>
+  void load(int64_t first, int64_t count, O* dy) const {
+    const int64_t offset = first * channels_;
+    output_grad_rows(g_ + offset, output_ ? output_ + offset : nullptr, count, channels_,
+                     plain() ? nullptr : coefficients_.data(), dy);
+  }
+
+ private:
+  using A = Accumulator<S>;
+  int64_t channels_;
+  const S *g_, *output_ = nullptr;
+  std::vector<A> coefficients_;
+};
+
 template <typename S>
 const S* weight_at(const Weight& w, int64_t k, int64_t c, int64_t r, int64_t s) {
   return static_cast<const S*>(w.data) + k * w.stride_k + c * w.stride_c + r * w.stride_r +

@@ -65,17 +65,7 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
   const int64_t end_q = std::clamp<int64_t>(q - first_q, begin_q, source_width);
   const bool dense = begin_q == 0 && end_q == source_width && source_width == q;
 
-  std::vector<A> coefficients;
-  if (op.grad.output) {
-    coefficients.resize(4 * k);
-    grad_coefficients(static_cast<const A*>(op.grad.affine), static_cast<const A*>(op.grad.sums), k,
-                      shape.output.pixels(), coefficients.data());
-  }
-  const auto load = [&](int64_t offset, int64_t pixels, O* dy) {
-    output_grad_rows(static_cast<const S*>(op.grad.grad) + offset,
-                     op.grad.output ? static_cast<const S*>(op.grad.output) + offset : nullptr,
-                     pixels, k, coefficients.data(), dy);
-  };
+  const OutputGradient<S> grad(op.grad, shape.output);
 
   const int64_t row_bytes =
       std::max<int64_t>(source_width, 1) * k * static_cast<int64_t>(sizeof(O));
@@ -103,10 +93,10 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
       const int64_t inside_last = std::min(source_last, p - 1);
       const O* dy = loaded;
       if (dense && inside_first == source_first && inside_last == source_last) {
-        const int64_t offset = (image * p + source_first) * q * k;
+        const int64_t pixel = (image * p + source_first) * q;
         if constexpr (std::is_same_v<S, O>)
-          if (!op.grad.output) dy = static_cast<const O*>(op.grad.grad) + offset;  // as it lies
-        if (dy == loaded) load(offset, (source_last - source_first + 1) * q, loaded);
+          if (grad.plain()) dy = grad.plain() + pixel * k;
+        if (dy == loaded) grad.load(pixel, (source_last - source_first + 1) * q, loaded);
       } else {
         for (int64_t y = source_first; y <= source_last; ++y) {
           O* const row = loaded + (y - source_first) * source_width * k;
@@ -116,7 +106,7 @@ void run(const Runtime& runtime, const PreactConvDgrad& op) {
           }
           std::fill_n(row, begin_q * k, O{});
           std::fill_n(row + end_q * k, (source_width - end_q) * k, O{});
-          load(((image * p + y) * q + first_q + begin_q) * k, end_q - begin_q, row + begin_q * k);
+          grad.load((image * p + y) * q + first_q + begin_q, end_q - begin_q, row + begin_q * k);
         }
       }
 

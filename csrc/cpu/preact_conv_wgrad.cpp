@@ -27,12 +27,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   const int64_t size = r * s * k * c;
   const A* const affine = static_cast<const A*>(op.affine);
 
-  std::vector<A> coefficients;
-  if (op.grad.output) {
-    coefficients.resize(4 * k);
-    grad_coefficients(static_cast<const A*>(op.grad.affine), static_cast<const A*>(op.grad.sums), k,
-                      shape.output.pixels(), coefficients.data());
-  }
+  const OutputGradient<S> grad(op.grad, shape.output);
 
   // The left operand is transposed: h; or of a 1x1 convolution dy, which leaves dW as it should
   // lie, unless that is the wider one and pixels are many.
@@ -42,7 +37,7 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
   const int64_t step = window.step_width, plane_width = ceil_div(window.width, step);
   const bool joined = window.step_height == 1;  // all rows of a band in one product
   const int64_t pitch = joined ? plane_width : round_depth<O>(q);  // of dy's rows
-  const bool dy_as_it_lies = std::is_same_v<S, O> && !op.grad.output && pitch == q;
+  const bool dy_as_it_lies = std::is_same_v<S, O> && grad.plain() && pitch == q;
 
   const int64_t row_bytes =
       std::max(window.width * c * window.step_height, pitch * k) * static_cast<int64_t>(sizeof(O));
@@ -82,21 +77,15 @@ void run(const Runtime& runtime, const PreactConvWgrad& op) {
       const S* const u =
           static_cast<const S*>(op.input) + image * shape.input.height * shape.input.width * c;
       window.fill(shape, u, first, rows, affine, op.activation, h);
-      const auto load = [&](int64_t row, int64_t count, O* out) {
-        const int64_t offset = (image * p + row) * q * k;
-        output_grad_rows(static_cast<const S*>(op.grad.grad) + offset,
-                         op.grad.output ? static_cast<const S*>(op.grad.output) + offset : nullptr,
-                         count * q, k, coefficients.data(), out);
-      };
       const O* right_operand = plain;
       if (transposes_h && dy_as_it_lies && rows * q % 2 == 0) {
         right_operand = static_cast<const O*>(op.grad.grad) + (image * p + first) * q * k;
       } else if (pitch == q) {
-        load(first, rows, dy);
+        grad.load((image * p + first) * q, rows * q, dy);
       } else {
         for (int64_t row = 0; row < rows; ++row) {
           O* const out = dy + row * pitch * k;
-          load(first + row, 1, out);
+          grad.load((image * p + first + row) * q, q, out);
           std::fill_n(out + q * k, (pitch - q) * k, O{});
         }
       }

@@ -19,8 +19,9 @@ void residual_grad(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
     blocks.parallel(runtime, [&](int64_t, int64_t first, int64_t count) {
       const int64_t offset = first * channels;
       residual_grad_rows(grad ? static_cast<const S*>(grad) + offset : nullptr,
-                         static_cast<const S*>(g) + offset, static_cast<const S*>(input) + offset,
-                         count, channels, coefficients.data(), static_cast<S*>(dinput) + offset);
+                         static_cast<const S*>(g) + offset,
+                         sums ? static_cast<const S*>(input) + offset : nullptr, count, channels,
+                         coefficients.data(), static_cast<S*>(dinput) + offset);
     });
   });
 }

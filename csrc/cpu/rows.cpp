@@ -118,6 +118,14 @@ PREACT_INLINE void output_grad(const S* g, const S* output, int64_t rows, int64_
   }
 }
 
+template <typename S, typename A, typename O>
+PREACT_INLINE void scale(const S* g, int64_t rows, int64_t channels, const A* a, O* dy) {
+  for (int64_t row = 0; row < rows; ++row, g += channels, dy += channels) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) narrow(a[c] * widen(g[c]), dy[c]);
+  }
+}
+
 template <bool kAddend, bool kSum, typename S, typename A>
 PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t channels, S* out,
                          A* total) {
@@ -252,6 +260,17 @@ PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t 
   }
 }
 
+template <typename S, typename A>
+PREACT_INLINE void frozen_grad(const S* grad, const S* g, int64_t rows, int64_t channels,
+                               const A* a, S* du) {
+  if (!grad) return scale(g, rows, channels, a, du);
+  for (int64_t row = 0; row < rows; ++row) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) narrow(a[c] * widen(g[c]) + widen(grad[c]), du[c]);
+    grad += channels, g += channels, du += channels;
+  }
+}
+
 // Vectors of kSquare elements, and two of them element by element: the first halves, the second.
 template <typename T>
 struct Square;
@@ -345,6 +364,8 @@ PREACT_INLINE void pair(const bf16* in, int64_t rows, int64_t columns, bf16* out
       with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                                  \
         output_grad(g, output, rows, c, coefficients, dy);                                         \
       });                                                                                          \
+    else if (coefficients)                                                                         \
+      scale(g, rows, channels, coefficients + channels, dy);                                       \
     else                                                                                           \
       convert(g, rows * channels, dy);                                                             \
   }
@@ -380,7 +401,9 @@ PREACT_PROLOGUES(double, double, double)
   }                                                                                               \
   PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,      \
                                         int64_t channels, const A* coefficients, S* du) {         \
-    if (grad)                                                                                     \
+    if (!u)                                                                                       \
+      frozen_grad(grad, g, rows, channels, coefficients + channels, du);                          \
+    else if (grad)                                                                                \
       residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                          \
     else                                                                                          \
       residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                         \

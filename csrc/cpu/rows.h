@@ -17,7 +17,7 @@ namespace preact {
   void sum_rows(const S* x, int64_t rows, int64_t channels, A* sum);                             \
   /* d1 += x - shift, d2 += (x - shift)^2 */                                                     \
   void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift, A* d1, A* d2); \
-  /* du = grad + a * g + b * (u - mean) + c; grad may be null */                                 \
+  /* du = grad + a * g + b * (u - mean) + c; grad may be null, and u: then b and c are 0 */      \
   void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows, int64_t channels, \
                           const A* coefficients, S* du);
 
@@ -27,12 +27,13 @@ PREACT_ROWS(double, double)
 #undef PREACT_ROWS
 
 // The same for each type O of the matrix products' operands.
-#define PREACT_PROLOGUES(S, A, O)                                                                \
-  /* h = act(scale * (u - mean) + shift), or h = u without affine [4, C] */                      \
-  void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,                \
-                     Activation activation, O* h);                                               \
-  /* dy = a * g + b * (output - mean) + c with coefficients [4, K] = mean, a, b, c; or dy = g */ \
-  void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels,             \
+#define PREACT_PROLOGUES(S, A, O)                                                           \
+  /* h = act(scale * (u - mean) + shift), or h = u without affine [4, C] */                 \
+  void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,           \
+                     Activation activation, O* h);                                          \
+  /* dy = a * g + b * (output - mean) + c with coefficients [4, K] = mean, a, b, c; without \
+     output dy = a * g, without coefficients dy = g */                                      \
+  void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels,        \
                         const A* coefficients, O* dy);
 
 PREACT_PROLOGUES(float, float, float)
