@@ -40,7 +40,8 @@ struct ConvTile {
   static constexpr int kThreads = 32 * kWarpsDown * kAcross;
   static constexpr int64_t kStagesBytes = kWarpsDown * kAcross * kStageBytes;
   static constexpr int64_t kReduceBytes =
-      kThreads * kPiece * Moments::kValues * static_cast<int64_t>(sizeof(float));
+      reduce_floats(Moments::kValues, kThreads / (kChannels / kPiece), kChannels, kThreads) *
+      static_cast<int64_t>(sizeof(float));
 };
 
 struct ConvTiling {

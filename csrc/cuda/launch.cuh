@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "../preact.h"
-#include "piece.cuh"
+#include "reduce.cuh"
 
 namespace preact::cuda {
 
@@ -52,10 +52,10 @@ struct ReductionMemory {
   ReductionMemory() = default;
   ReductionMemory(const CudaRuntime& runtime, int values, int64_t parts, int64_t channels,
                   int64_t groups) {
-    constexpr int64_t kLine = 128;  // so that a row of partial results begins where a sector does
+    constexpr int64_t kLineBytes = kLine * static_cast<int64_t>(sizeof(float));
     const int64_t ticket_bytes =
-        ceil_div(groups * static_cast<int64_t>(sizeof(int)), kLine) * kLine;
-    const int64_t bytes = parts * values * channels * static_cast<int64_t>(sizeof(float));
+        ceil_div(groups * static_cast<int64_t>(sizeof(int)), kLineBytes) * kLineBytes;
+    const int64_t bytes = parts * values * ceil_div(channels, kLine) * kLineBytes;
     void* const memory = runtime.allocate(ticket_bytes + bytes, runtime.context);
     tickets = static_cast<int*>(memory);
     partial = reinterpret_cast<float*>(static_cast<char*>(memory) + ticket_bytes);

@@ -30,8 +30,8 @@ struct Pointwise {
   }
 
   int64_t shared_bytes(int values) const {  // of reduce()
-    const int slices = std::max(rows, kPointwiseThreads / (columns * kPiece));
-    return int64_t{values} * slices * columns * kPiece * static_cast<int64_t>(sizeof(float));
+    return reduce_floats(values, rows, columns * kPiece, kPointwiseThreads) *
+           static_cast<int64_t>(sizeof(float));
   }
 };
 

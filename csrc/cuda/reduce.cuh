@@ -13,40 +13,54 @@ PREACT_DEVICE void add_exactly(float& sum, float& carry, float x) {
   sum = total;
 }
 
-// Count, sum and squared deviations of some values. The sum is that of x - shift, shift being one
-// of the values, so that a mean far from 0 keeps its last digits. The squares are about the mean
-// (Welford, Chan): nothing cancels.
-struct Moments {
-  static constexpr int kValues = 5;
-  float count = 0, shift = 0, sum = 0, carry = 0, squares = 0;
+// How many of the parts first, first + step, ... there are. Loops count up to it, since only a loop
+// whose end is known before has its loads unrolled, none of them waiting for another.
+PREACT_DEVICE int parts_of_slice(int first, int parts, int step) {
+  return first < parts ? (parts - first + step - 1) / step : 0;
+}
 
-  PREACT_DEVICE float mean() const { return shift + (sum - carry) / count; }
+// Count, mean and squared deviations of some values. The mean is shift + rest, shift being one of
+// the values, so that a mean far from 0 keeps its last digits. The squares are about the mean:
+// nothing cancels.
+struct Moments {
+  static constexpr int kValues = 4;
+  float count = 0, shift = 0, rest = 0, squares = 0;
+
+  PREACT_DEVICE float mean() const { return shift + rest; }
   PREACT_DEVICE void get(float (&values)[kValues]) const {
     values[0] = count;
     values[1] = shift;
-    values[2] = sum;
-    values[3] = carry;
-    values[4] = squares;
+    values[2] = rest;
+    values[3] = squares;
   }
-  PREACT_DEVICE void merge(const float (&values)[kValues]) {
-    const float n = values[0];
-    if (n == 0.f) return;
-    if (count == 0.f) {
-      count = n, shift = values[1], sum = values[2], carry = values[3], squares = values[4];
-      return;
+  // Of parts first, first + step, ..., of which load(part, i) is value i. The first pass finds
+  // their mean, the second the squares about it: one division, and no load waits for another. Parts
+  // may be empty, but not part 0.
+  template <typename Load>
+  PREACT_DEVICE static Moments merged(int first, int parts, int step, const Load& load) {
+    Moments total;
+    total.shift = load(0, 1);
+    float sum = 0;  // about the shift
+    const int mine = parts_of_slice(first, parts, step);
+#pragma unroll 8
+    for (int i = 0; i < mine; ++i) {
+      const int part = first + i * step;
+      const float n = load(part, 0);
+      total.count += n;
+      sum = fmaf(n, load(part, 1) - total.shift + load(part, 2), sum);
     }
-    const float moved = values[1] - shift, d = moved + values[2] / n - sum / count;
-    squares += fmaf(d * d, count * (n / (count + n)), values[4]);
-    const float product = n * moved;
-    add_exactly(sum, carry, product);
-    add_exactly(sum, carry, fmaf(n, moved, -product));
-    add_exactly(sum, carry, values[2]);
-    carry += values[3];
-    count += n;
+    if (total.count > 0.f) total.rest = sum / total.count;
+#pragma unroll 8
+    for (int i = 0; i < mine; ++i) {
+      const int part = first + i * step;
+      const float d = load(part, 1) - total.shift + load(part, 2) - total.rest;
+      total.squares += fmaf(load(part, 0) * d, d, load(part, 3));
+    }
+    return total;
   }
 };
 
-// Of a thread's values in each channel of its piece.
+// Of a thread's values in each channel of its piece (Welford).
 struct PieceMoments {
   using Total = Moments;
   float count = 0, share = 0;  // 1 / count
@@ -68,9 +82,8 @@ struct PieceMoments {
   PREACT_DEVICE void get(int j, float (&values)[Total::kValues]) const {
     values[0] = count;
     values[1] = shift[j];
-    values[2] = sum[j];
-    values[3] = carry[j];
-    values[4] = squares[j];
+    values[2] = (sum[j] - carry[j]) * share;
+    values[3] = squares[j];
   }
 };
 
@@ -83,9 +96,17 @@ struct Sums {
     values[0] = s1;
     values[1] = s2;
   }
-  PREACT_DEVICE void merge(const float (&values)[kValues]) {
-    s1 += values[0];
-    s2 += values[1];
+  template <typename Load>
+  PREACT_DEVICE static Sums merged(int first, int parts, int step, const Load& load) {
+    Sums total;
+    const int mine = parts_of_slice(first, parts, step);
+#pragma unroll 8
+    for (int i = 0; i < mine; ++i) {
+      const int part = first + i * step;
+      total.s1 += load(part, 0);
+      total.s2 += load(part, 1);
+    }
+    return total;
   }
 };
 
@@ -106,9 +127,12 @@ struct PieceSums {
   }
 };
 
+// Channels whose values lie together: 128 bytes of each, whole sectors for a warp.
+constexpr int kLine = 32;
+
 // What one launch reduces: `parts` blocks share the channels [first, first + width) of `channels`.
 struct Reduction {
-  float* partial;  // [parts, kValues, channels]
+  float* partial;  // [parts, channels / kLine, kValues, kLine]
   int* ticket;     // 0 at launch, one for each group of channels
   int64_t channels;
   int parts, part;  // blocks that merge, and which one this is
@@ -116,30 +140,50 @@ struct Reduction {
   int width;        // how many, rounded up to whole pieces
 };
 
+// Floats of shared memory that reduce() takes, for kValues values.
+__host__ __device__ constexpr int64_t reduce_floats(int values, int rows, int width, int threads) {
+  return int64_t{values} * (int64_t{rows} * width + (threads > width ? threads : width));
+}
+
+// Merges parts of which load(part, i, c) is value i of the block's channel c: the threads share the
+// parts of each channel, then one adds up what they have, and finish(c, merged) is called for it.
+// shared: [kValues][max(threads / width, 1)][width].
+template <class Total, typename Load, typename Finish>
+PREACT_DEVICE void merge_parts(const Reduction& r, int parts, float* shared, const Load& load,
+                               const Finish& finish) {
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int slices = threads > r.width ? threads / r.width : 1, size = slices * r.width;
+  for (int i = thread; i < size; i += threads) {
+    const int c = i % r.width;
+    if (r.first + c >= r.channels) continue;
+    float values[Total::kValues];
+    Total::merged(i / r.width, parts, slices, [&](int part, int v) {
+      return load(part, v, c);
+    }).get(values);
+#pragma unroll
+    for (int v = 0; v < Total::kValues; ++v) store_shared(shared + v * size + i, values[v]);
+  }
+  __syncthreads();
+  for (int c = thread; c < r.width && r.first + c < r.channels; c += threads)
+    finish(c, Total::merged(0, slices, 1, [&](int slice, int v) {
+             return load_shared(shared + v * size + slice * r.width + c);
+           }));
+}
+
 // `mine` are a thread's sums for piece `column` of its block, one of `rows` threads with that
 // piece; threads with row >= rows have none. finish(channel, merged) is called once for each
-// channel, by the last block to arrive. shared: [kValues][max(rows, threads / width, 1)][width].
+// channel, by the last block to arrive. shared: reduce_floats().
 template <class PiecePartial, typename Finish>
 PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int column, int row,
                           int rows, float* shared, Finish finish) {
-  using Partial = typename PiecePartial::Total;
-  constexpr int kValues = Partial::kValues;
-  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const auto at = [&](int value, int slice, int slices, int c) {
+  using Total = typename PiecePartial::Total;
+  constexpr int kValues = Total::kValues;
+  const auto at = [&](int value, int row, int c) {
     // The threads that write the same channel of their pieces find it in different banks.
-    const int i = slice * r.width + c;
-    return shared + value * slices * r.width + (i ^ i / 32 % kPiece);
+    const int i = row * r.width + c;
+    return shared + value * rows * r.width + (i ^ i / 32 % kPiece);
   };
-  const auto merged = [&](int slices, int c) {
-    Partial total;
-    for (int slice = 0; slice < slices; ++slice) {
-      float values[kValues];
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) values[v] = load_shared(at(v, slice, slices, c));
-      total.merge(values);
-    }
-    return total;
-  };
+  float* const merged = shared + kValues * rows * r.width;
 
   __syncthreads();  // shared may still be read for something else
   if (row < rows) {
@@ -148,50 +192,35 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
       float values[kValues];
       mine.get(j, values);
 #pragma unroll
-      for (int v = 0; v < kValues; ++v)
-        store_shared(at(v, row, rows, column * kPiece + j), values[v]);
+      for (int v = 0; v < kValues; ++v) store_shared(at(v, row, column * kPiece + j), values[v]);
     }
   }
   __syncthreads();
-  for (int c = thread; c < r.width && r.first + c < r.channels; c += threads) {
-    float values[kValues];
-    merged(rows, c).get(values);
+  const int64_t of_part = (r.channels + kLine - 1) / kLine * kLine * kValues;
+  const auto partial = [&](int part, int value, int c) {
+    const int64_t channel = r.first + c;
+    return r.partial + part * of_part + (channel / kLine * kValues + value) * kLine +
+           channel % kLine;
+  };
+  merge_parts<Total>(
+      r, rows, merged, [&](int row, int v, int c) { return load_shared(at(v, row, c)); },
+      [&](int c, const Total& total) {
+        float values[kValues];
+        total.get(values);
 #pragma unroll
-    for (int v = 0; v < kValues; ++v)
-      store(r.partial + (int64_t{r.part} * kValues + v) * r.channels + r.first + c, values[v]);
-  }
+        for (int v = 0; v < kValues; ++v) store(partial(r.part, v, c), values[v]);
+      });
 
   __threadfence();
   __syncthreads();
   int* const last = reinterpret_cast<int*>(shared);
-  if (thread == 0) store_shared(last, int{count_arrival(r.ticket) == r.parts - 1});
+  if (threadIdx.x == 0) store_shared(last, int{count_arrival(r.ticket) == r.parts - 1});
   __syncthreads();
   if (!load_shared(last)) return;
   __threadfence();
-  __syncthreads();
-
-  const int slices = threads / r.width > 1 ? threads / r.width : 1;
-  for (int i = thread; i < slices * r.width; i += threads) {
-    const int slice = i / r.width, c = i % r.width;
-    if (r.first + c >= r.channels) continue;
-    Partial total;
-#pragma unroll 8
-    for (int part = slice; part < r.parts; part += slices) {
-      float values[kValues];
-#pragma unroll
-      for (int v = 0; v < kValues; ++v)
-        values[v] =
-            load_fresh(r.partial + (int64_t{part} * kValues + v) * r.channels + r.first + c);
-      total.merge(values);
-    }
-    float values[kValues];
-    total.get(values);
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) store_shared(at(v, slice, slices, c), values[v]);
-  }
-  __syncthreads();
-  for (int c = thread; c < r.width && r.first + c < r.channels; c += threads)
-    finish(r.first + c, merged(slices, c));
+  merge_parts<Total>(
+      r, r.parts, merged, [&](int part, int v, int c) { return load_fresh(partial(part, v, c)); },
+      [&](int c, const Total& total) { finish(r.first + c, total); });
 }
 
 }  // namespace preact::cuda
