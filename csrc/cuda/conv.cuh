@@ -84,8 +84,14 @@ struct Patch {
 };
 
 // The patch of at most `most` pixels that does a convolution with the fewest pixels multiplied and
-// copied; r and c are the axes with the most taps and outputs.
+// copied; r and c are the axes with the most taps and outputs. Its window's first and last pixel
+// are less than 2^32 pixels apart in the source.
 inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most, int most_window) {
+  const auto fits = [&](const Patch& patch) {
+    const int64_t rows = (patch.images - 1) * r.source + int64_t{r.window(patch.rows)} * r.gather;
+    const int64_t columns = int64_t{c.window(patch.columns)} * c.gather;
+    return patch.window(r, c) <= most_window && (rows - 1) * c.source + columns <= 0xffffffff;
+  };
   Patch best{1, 1, 1};
   double lowest = std::numeric_limits<double>::infinity();
   for (int columns = 1; columns <= std::min<int64_t>(most, c.outputs); ++columns) {
@@ -93,7 +99,7 @@ inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most
     Patch patch{1, static_cast<int>(ceil_div(r.outputs, bands)), columns};
     if (patch.rows == r.outputs && columns == c.outputs)
       patch.images = static_cast<int>(std::min<int64_t>(images, most / patch.pixels()));
-    if (patch.window(r, c) > most_window) continue;
+    if (!fits(patch)) continue;
     const double cost =
         static_cast<double>(patch.tiles(images, r, c)) * (most + patch.window(r, c));
     if (cost < lowest) {
@@ -101,7 +107,7 @@ inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most
       best = patch;
     }
   }
-  if (best.window(r, c) > most_window)
+  if (!fits(best))
     throw std::invalid_argument("weight: this kernel size does not fit into shared memory");
   return best;
 }
@@ -225,7 +231,8 @@ struct Window {
   int window_rows, window_columns;
   int column = static_cast<int>(threadIdx.x) % kPieces;
   int first_pixel = row_of_thread<T, kPieces>(static_cast<int>(threadIdx.x));
-  uint32_t inside = 0;  // which of this thread's pieces are not padding
+  uint32_t first, step;  // of this thread, packed by place(); the same in every tile
+  uint32_t inside = 0;   // which of this thread's pieces are not padding
 
   PREACT_DEVICE Window(const Source& source, const Axis& r, const Axis& c, const Patch& patch,
                        int64_t images, int least_pixels = 0)
@@ -236,61 +243,110 @@ struct Window {
         images(images),
         pixels(patch.window(r, c)),
         window_rows(r.window(patch.rows)),
-        window_columns(c.window(patch.columns)) {
+        window_columns(c.window(patch.columns)),
+        first(place(first_pixel)),
+        step(place(kRowStep)) {
     if (pixels < least_pixels) pixels = least_pixels;
   }
 
-  // Where window pixel w begins in the source, or -1 where it is padding.
-  PREACT_DEVICE int64_t offset(const Origin& o, int w) const {
-    const int n = w / (window_rows * window_columns);
-    const int i = w / window_columns % window_rows, j = w % window_columns;
-    const int64_t y = (o.row * r.step + i) * r.gather + r.offset;
-    const int64_t x = (o.column * c.step + j) * c.gather + c.offset;
-    const bool is_inside = n < patch.images && o.image + n < images && y >= 0 && y < r.source &&
-                           x >= 0 && x < c.source;
-    return is_inside ? (((o.image + n) * r.source + y) * c.source + x) * source.channels.count : -1;
+  // Image, row and column of pixel w; a window has at most 2048 of each.
+  static_assert(kMostPixels <= 2048);
+  PREACT_DEVICE uint32_t place(int w) const {
+    if (pixels == 0) return 0;
+    const int i = w % (window_rows * window_columns);
+    return w / (window_rows * window_columns) << 22 | i / window_columns << 11 | i % window_columns;
   }
 
-  // Starts the copies of channels from `channel` on. second is for a Source of two tensors.
+  // The way of a thread over the window of a tile, in source pixels from the window's first. What
+  // depends on the tile, divisions and what takes 64 bits, is found before it begins.
+  struct Walk {
+    int image, row, column, step_images, step_rows, step_columns, gather, rows, columns;
+    int images, top, bottom, left, right;  // of the window that lie in the source
+    uint32_t image_rows, row_pixels;
+    int64_t start, of_pixel;  // elements of the source
+
+    PREACT_DEVICE Walk(const Window& window, const Origin& o, int64_t channel)
+        : gather(window.r.gather),
+          rows(window.window_rows * gather),
+          columns(window.window_columns * window.c.gather),
+          image_rows(static_cast<uint32_t>(window.r.source)),
+          row_pixels(static_cast<uint32_t>(window.c.source)),
+          of_pixel(window.source.channels.count) {
+      const Axis &r = window.r, &c = window.c;
+      const auto unpack = [&](uint32_t place, int& image, int& row, int& column) {
+        image = static_cast<int>(place >> 22);
+        row = static_cast<int>(place >> 11 & 2047) * r.gather;
+        column = static_cast<int>(place & 2047) * c.gather;
+      };
+      unpack(window.first, image, row, column);
+      unpack(window.step, step_images, step_rows, step_columns);
+      const int64_t y = o.row * r.step * r.gather + r.offset;
+      const int64_t x = o.column * c.step * c.gather + c.offset;
+      images = clamped(window.images - o.image, window.patch.images);
+      top = clamped(-y, rows), bottom = clamped(r.source - y, rows);
+      left = clamped(-x, columns), right = clamped(c.source - x, columns);
+      start = ((o.image * r.source + y) * c.source + x) * of_pixel + channel;
+    }
+    PREACT_DEVICE static int clamped(int64_t x, int most) {
+      return x < 0 ? 0 : x < most ? static_cast<int>(x) : most;
+    }
+
+    PREACT_DEVICE bool inside() const {
+      return image < images && row >= top && row < bottom && column >= left && column < right;
+    }
+    PREACT_DEVICE int64_t offset() const {
+      const uint32_t pixel = (image * image_rows + row) * row_pixels + column;  // choose_patch()
+      return start + pixel * of_pixel;
+    }
+    PREACT_DEVICE void advance() {  // by kRowStep pixels
+      column += step_columns;
+      if (column >= columns) {
+        column -= columns;
+        row += gather;
+      }
+      row += step_rows;
+      if (row >= rows) {
+        row -= rows;
+        ++image;
+      }
+      image += step_images;
+    }
+  };
+
+  // Starts the copies of channels from `channel` on; pieces that are no vectors are there at once.
+  // second is for a Source of two tensors.
   PREACT_DEVICE void fetch(const Origin& o, int64_t channel, T* buffer, T* second) {
     channel += column * kPiece;
-    const bool there = source.channels.valid(channel) > 0;
+    const int valid = source.channels.valid(channel);
+    Walk walk(*this, o, channel);
+    if (valid <= 0) walk.images = 0;
     inside = 0;
-    int bit = 0;
+    uint32_t bit = 1;
 #pragma unroll 1
-    for (int w = first_pixel; w < pixels; w += kRowStep, ++bit) {
-      const int64_t from = there ? offset(o, w) : -1;
-      T* const to = buffer + w * kPitch + column * kPiece;
-      if (from < 0) {
-        zero_piece(to);
+    for (int w = first_pixel; w < pixels; w += kRowStep, bit <<= 1, walk.advance()) {
+      const int at = w * kPitch + column * kPiece;
+      if (!walk.inside()) {
+        zero_piece(buffer + at);
         continue;
       }
-      inside |= 1u << bit;
-      if (!source.channels.vectors) continue;
-      copy_piece(to, source.first + from + channel);
+      inside |= bit;
+      const int64_t from = walk.offset();
+      fetch_piece(buffer + at, source.first + from, valid);
       if constexpr (Source::kTwo)
-        if (source.output)
-          copy_piece(second + w * kPitch + column * kPiece, source.output + from + channel);
+        if (source.output) fetch_piece(second + at, source.output + from, valid);
     }
   }
+  PREACT_DEVICE void fetch_piece(T* shared, const T* global, int valid) const {
+    if (source.channels.vectors) return copy_piece(shared, global);
+    Piece v;
+    load_piece(global, valid, false, v);
+    write_piece(shared, v);
+  }
 
-  // Turns what fetch() copied into the operand; pieces that are no vectors are loaded here.
-  PREACT_DEVICE void transform(const Origin& o, int64_t channel, T* buffer, const T* second) {
+  // Turns what fetch() copied into the operand.
+  PREACT_DEVICE void transform(int64_t channel, T* buffer, const T* second) const {
     channel += column * kPiece;
-    const int valid = source.channels.valid(channel);
-    const bool vectors = source.channels.vectors, plain = source.plain();
-    if (valid <= 0 || (vectors && plain)) return;
-    if (plain) {
-      int bit = 0;
-#pragma unroll 1
-      for (int w = first_pixel; w < pixels; w += kRowStep, ++bit) {
-        if (!(inside >> bit & 1)) continue;
-        Piece v;
-        load_piece(source.first + offset(o, w) + channel, valid, false, v);
-        write_piece(buffer + w * kPitch + column * kPiece, v);
-      }
-      return;
-    }
+    if (source.channels.valid(channel) <= 0 || source.plain()) return;
     const typename Source::Function function(source, channel);
     int bit = 0;
 #pragma unroll 1
@@ -298,14 +354,8 @@ struct Window {
       if (!(inside >> bit & 1)) continue;
       const int at = w * kPitch + column * kPiece;
       Piece v, u{};
-      if (vectors) {
-        read_piece(buffer + at, v);
-        if constexpr (Source::kTwo) read_piece(second + at, u);
-      } else {
-        const int64_t from = offset(o, w) + channel;
-        load_piece(source.first + from, valid, false, v);
-        if constexpr (Source::kTwo) load_piece(source.output + from, valid, false, u);
-      }
+      read_piece(buffer + at, v);
+      if constexpr (Source::kTwo) read_piece(second + at, u);
       function(v, u);
       write_piece(buffer + at, v);
     }

@@ -228,7 +228,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
       const int64_t first_source = int64_t{i} / steps_of_chunk * kChunk;
       const int tap_row = i % steps_of_chunk / across, first_tap = i % across * kTapsPerStep;
       copies_wait();
-      if (i % steps_of_chunk == 0) window.transform(origin, first_source, window_at(chunk), second);
+      if (i % steps_of_chunk == 0) window.transform(first_source, window_at(chunk), second);
       __syncthreads();
       const bool last = i + 1 == steps;
       if (!last || tile + blocks < tiles)

@@ -81,10 +81,9 @@ __global__ __launch_bounds__(kThreads) void preact_conv_wgrad_kernel(
   int step = 0;
   if (int64_t{blockIdx.x} < tiles) fetch(blockIdx.x, 0);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += tiling.splits, ++step) {
-    const Origin origin(tile, tiling.patch, rows, columns);
     copies_wait();
-    dy.transform(origin, first_k, grad_at(step), second);
-    h.transform(origin, first_c, window_at(step), nullptr);
+    dy.transform(first_k, grad_at(step), second);
+    h.transform(first_c, window_at(step), nullptr);
     __syncthreads();
     if (tile + tiling.splits < tiles) fetch(tile + tiling.splits, step + 1);
     if (!works) continue;
