@@ -380,23 +380,27 @@ template <typename T, int kRows, int kColumns, int kPitch, int kThreads>
 PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
                                  const Channels& channels, int64_t k0, int64_t c0, int tap_row,
                                  int tap_column, T* shared) {
-  constexpr int kPieces = kColumns / kPiece;
-  const T* const tap =
-      static_cast<const T*>(weight.data) + tap_row * weight.stride_r + tap_column * weight.stride_s;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kThreads) {
-    const int row = row_of_thread<T, kPieces>(i);
-    const int64_t k = k0 + row, first = c0 + i % kPieces * kPiece;
-    const int valid = k < output_channels ? channels.valid(first) : 0;
-    T* const to = shared + row * kPitch + i % kPieces * kPiece;
-    const T* const from = tap + k * weight.stride_k + first * weight.stride_c;
-    if (valid <= 0) {
-      zero_piece(to);
+  constexpr int kPieces = kColumns / kPiece, kRowStep = kThreads / kPieces;
+  static_assert(kRowStep * kPieces == kThreads && kRowStep % 8 == 0 && kRows % kRowStep == 0);
+  const int thread = static_cast<int>(threadIdx.x), row = row_of_thread<T, kPieces>(thread);
+  const int column = thread % kPieces * kPiece, valid = channels.valid(c0 + column);
+  const int64_t rows_left = valid > 0 ? output_channels - k0 : 0;
+  T* const to = shared + row * kPitch + column;
+  const T* const from = static_cast<const T*>(weight.data) + tap_row * weight.stride_r +
+                        tap_column * weight.stride_s + (k0 + row) * weight.stride_k +
+                        (c0 + column) * weight.stride_c;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kRowStep) {
+    const T* const of_row = from + i * weight.stride_k;
+    if (row + i >= rows_left) {
+      zero_piece(to + i * kPitch);
     } else if (channels.vectors) {
-      copy_piece(to, from);
+      copy_piece(to + i * kPitch, of_row);
     } else {
 #pragma unroll
       for (int j = 0; j < kPiece; ++j)
-        store_shared(to + j, j < valid ? load(from + j * weight.stride_c) : narrow<T>(0.f));
+        store_shared(to + i * kPitch + j,
+                     j < valid ? load(of_row + j * weight.stride_c) : narrow<T>(0.f));
     }
   }
 }
