@@ -68,7 +68,7 @@ class Case:
         """
         torch.manual_seed(0)
         exact = torch.promote_types(dtype, torch.float32)
-        layout = contender.memory_format
+        layout = getattr(torch, contender.memory_format)
         model = self.build().to(device, exact).to(memory_format=layout)
         model.train(self.passes == "forward+backward").requires_grad_(self.passes != "attack")
         if layout == torch.contiguous_format and isinstance(model, PreActResNet):

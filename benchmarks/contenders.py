@@ -26,7 +26,7 @@ class Contender:
 
     name: str
     backend: str = "eager"
-    memory_format: torch.memory_format = torch.channels_last
+    memory_format: str = "channels_last"  # by name: pickle finds torch's own object anywhere
     compiled: str | None = None
     units: bool = False
     captured: bool = False
@@ -45,7 +45,7 @@ class Contender:
 EAGER = Contender("eager")
 REFERENCE = Contender("reference", "reference")
 PLANNED = Contender("auto", "auto", note="the planner's choice, what users get")
-NCHW = Contender("eager NCHW", memory_format=torch.contiguous_format)
+NCHW = Contender("eager NCHW", memory_format="contiguous_format")
 COMPILE = Contender("compile", compiled="default")
 UNITS_NOTE = "compiled unit by unit, as the whole graph takes too long"
 COMPILE_UNITS = Contender("compile units", compiled="default", units=True, note=UNITS_NOTE)
