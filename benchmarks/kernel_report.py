@@ -5,7 +5,7 @@
 Compiles csrc/cuda with nvcc for each architecture, takes every operator call of whole training
 steps from the models, and what each would launch from the kernels' own launchers, run by the
 emulator of tests/cuda_emulator. Writes DIR/kernels.json, and a Markdown table for each device; DIR
-is benchmarks/results/predicted. Every time in it is a prediction: no GPU gave it.
+is benchmarks/predicted. Every time in it is a prediction: no GPU gave it.
 
 A launch is predicted to take the largest of
     bytes      its tensors, each once, at the device's bandwidth
@@ -45,7 +45,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from cuda_emulator.build import build
 from cuda_emulator.emulator import COPIED, READ, SHARED_WRITTEN, WRITTEN, Emulator, Launch
 
-RESULTS = Path(__file__).resolve().parent / "results" / "predicted"
+RESULTS = Path(__file__).resolve().parent / "predicted"
 
 
 # --- devices -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from step_calls import STEPS, Call, Spec, shape_class, step_calls
 
-PREDICTED = Path(__file__).resolve().parent / "results" / "predicted" / "kernels.json"
+PREDICTED = Path(__file__).resolve().parent / "predicted" / "kernels.json"
 CALLS, REPLAYS = 10, 5  # in a graph; of it
 
 
