@@ -271,7 +271,7 @@ PREACT_INLINE void frozen_grad(const S* grad, const S* g, int64_t rows, int64_t 
   }
 }
 
-// Vectors of kSquare elements, and two of them element by element: the first halves, the second.
+// Vectors of kSize elements, and two of them element by element: the first halves, the second.
 template <typename T>
 struct Square;
 template <>
