@@ -1,5 +1,6 @@
 """From a call of torch.ops.fused_preact_triton.* to launched kernels."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,9 +16,16 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def operator(function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Any:
-    """Registers function under its own name, for the device of its first tensor; returns the op."""
+    """Registers function under its own name, for the device of its first tensor; returns the op.
+
+    Where it has an argument input, that is checked first, in the words of csrc/torch/arguments.h.
+    """
+    parameters = list(inspect.signature(function).parameters)
+    position = parameters.index("input") if "input" in parameters else None
 
     def on_device(*args: Any) -> Any:
+        if position is not None:
+            check_input(args[position])
         first = next(arg for arg in _flat(args) if isinstance(arg, Tensor))
         with torch.cuda.device_of(first):
             return function(*args)
@@ -32,6 +40,14 @@ def operator(function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -
 def _flat(args: Iterable[Any]) -> Iterator[Any]:
     for arg in args:
         yield from arg if isinstance(arg, list | tuple) else (arg,)
+
+
+def check_input(input: Tensor) -> None:
+    """Raises ValueError where input is no batch of images or holds no value."""
+    if input.dim() != 4:
+        raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(input.shape)}")
+    if input.numel() == 0:
+        raise ValueError(f"input: expected at least one value, got shape {tuple(input.shape)}")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

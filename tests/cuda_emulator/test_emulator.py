@@ -12,6 +12,7 @@ from cuda_emulator.build import broken, build
 from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
 from cuda_emulator.emulator import Emulator
 from numerics import assert_rule, make_case, tf32
+from operands import calls_with
 
 from fused_preact import ops, reference
 
@@ -77,6 +78,15 @@ def test_running_statistics_match_reference(emulator, dtype):
     eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
     for ours, true in zip(updated(emulator.operators), updated(reference), strict=True):
         torch.testing.assert_close(ours, true, rtol=2 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3)], ids=str)
+def test_no_value_is_an_error(emulator, shape):
+    """In the words of every other backend, see tests/ops/test_errors.py."""
+    message = re.escape(f"input: expected at least one value, got shape {shape}")
+    for name, args in calls_with(torch.ones(shape)).items():
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            getattr(emulator.operators, name)(*args)
 
 
 CONV3 = (16, (3, 3), (1, 1), (1, 1, 1, 1))

@@ -95,3 +95,21 @@ def operands(
         ),
         geometry=layer.geometry,
     )
+
+
+def calls_with(input: Tensor) -> dict[str, tuple]:
+    """Arguments of every operator that reads an input, everything else fitting to this one."""
+    n, c, height, width = input.shape
+    affine, sums = torch.ones(4, c), torch.ones(2, c)
+    weight, grad = torch.ones(3, c, 1, 1), torch.ones(n, 3, height, width)
+    rest = list(ONE), list(NONE), [1, 1], 1, "relu"
+    dy = grad, None, None, None
+    return {
+        "bn_stats": (input,),
+        "bn_relu_forward": (input, affine, "relu"),
+        "bn_relu_backward": (input, input, affine, "relu", True),
+        "preact_conv_forward": (input, affine, weight, None, *rest, True),
+        "preact_conv_dgrad": (*dy, weight, input, affine, None, *rest, True),
+        "preact_conv_wgrad": (*dy, input, affine, [1, 1], *rest),
+        "residual_grad": (None, input, input, affine, sums),
+    }
