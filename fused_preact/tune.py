@@ -1,9 +1,10 @@
 """The command fused-preact tune: measures tile sizes of the Triton kernels, keeps the best.
 
-For each convolution of the networks asked for, its forward, dgrad and wgrad and the pointwise
-operators on its input run with every candidate; the fastest whose result is right goes into the
-user's own table (triton/config.py), which the kernels read before the package's. Nothing is
-measured while a network trains.
+For the convolutions that most of a network consists of, at one batch size: forward, dgrad and
+wgrad, and the pointwise operators on the input, run with every candidate; the fastest whose result
+is right goes at once into the user's own table (triton/config.py), which the kernels read before
+the package's. What is not in it keeps the package's defaults. Nothing is measured while a network
+trains.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 Options = dict[str, int]
 Timer = Callable[[Callable[[], Any]], float]  # milliseconds of one call
+Measured = tuple[str, str, Options, float]  # operator, class of shapes, the best, milliseconds
 
 
 class Layer(NamedTuple):
@@ -35,6 +37,7 @@ class Layer(NamedTuple):
     stride: int
 
 
+_STAGES_18 = (32, 64), (16, 128), (8, 256), (4, 512)  # size and width
 NETWORKS: dict[str, tuple[Layer, ...]] = {
     "preact_resnet164": tuple(
         layer
@@ -45,13 +48,9 @@ NETWORKS: dict[str, tuple[Layer, ...]] = {
             Layer(128, width, size, wide, 1, 1),
         )
     ),
-    "preact_resnet18": tuple(
-        layer
-        for size, width in ((32, 64), (16, 128), (8, 256), (4, 512))
-        for layer in (
-            Layer(128, width, size, width, 3, 1),
-            Layer(128, width, size, 2 * width, 3, 2),
-        )
+    "preact_resnet18": (
+        *(Layer(128, width, size, width, 3, 1) for size, width in _STAGES_18),
+        *(Layer(128, width, size, 2 * width, 3, 2) for size, width in _STAGES_18[:-1]),
     ),
     "preact_resnet200": tuple(
         layer
@@ -72,12 +71,29 @@ TOLERANCE = 2e-2  # of a candidate's result, relative; bfloat16 and TF32 round t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which networks, in which precision."""
-    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument(
+        "--network",
+        nargs="+",
+        choices=NETWORKS,
+        default=list(NETWORKS),
+        metavar="NAME",
+        help=f"whose layers, at whose batch size: {', '.join(_described())}; by default all",
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=DTYPES,
+        default=["bf16"],
+        metavar="NAME",
+        help=f"{', '.join(DTYPES)}; by default bf16",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and extends the user's table; 2 where there is no GPU or no table to extend."""
+    """Measures and extends the user's table; 2 where there is no GPU or no table to extend.
+
+    130 where it is interrupted; what was measured until then is kept.
+    """
     if not torch.cuda.is_available():
         print("fused-preact tune: needs a GPU to measure on, and there is none", file=sys.stderr)
         return 2
@@ -91,21 +107,44 @@ def run(args: argparse.Namespace) -> int:
     path = config.user_table()
     try:
         table = config.read(path)
+        write(path, table)  # what cannot be written is said before anything is measured
     except ValueError as error:
         print(f"fused-preact tune: {error}; move it away first", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"fused-preact tune: cannot write the table ({error})", file=sys.stderr)
+        return 2
+    architecture = config.architecture()
     layers = list(dict.fromkeys(layer for name in args.network for layer in NETWORKS[name]))
-    for precision, layer in itertools.product(args.precision, layers):
-        for operator, shape, best, milliseconds in tune(
-            layer, DTYPES[precision], "cuda", triton.testing.do_bench
-        ):
-            entries = table.setdefault(operator, {}).setdefault(config.architecture(), {})
-            entries[shape] = best
-            write(path, table)
-            print(f"{operator:<22}{shape:<48}{milliseconds:8.3f} ms  {best}")
-    config.forget()
+    runs = list(itertools.product(args.precision, layers))
+    print(f"{architecture}: {len(runs)} layers; what is fastest goes to {path}", flush=True)
+    try:
+        for number, (precision, layer) in enumerate(runs, 1):
+            print(f"layer {number} of {len(runs)}: {precision}, {layer}", flush=True)
+            measured = tune(layer, DTYPES[precision], "cuda", triton.testing.do_bench)
+            for operator, shape, best, milliseconds in _that_fit(measured):
+                table.setdefault(operator, {}).setdefault(architecture, {})[shape] = best
+                write(path, table)
+                print(f"  {operator:<22}{shape:<48}{milliseconds:8.3f} ms  {best}", flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped; {path} keeps what was measured", file=sys.stderr)
+        return 130
+    finally:
+        config.forget()
     print(f"{path}: what was measured is used from now on")
     return 0
+
+
+def _that_fit(measured: Iterable[Measured]) -> Iterator[Measured]:
+    """What is measured of a layer until the GPU's memory is too small for it."""
+    try:
+        yield from measured
+    except torch.OutOfMemoryError:
+        print("  passed over: too large for this GPU's memory", flush=True)
+
+
+def _described() -> list[str]:
+    return [f"{name} (batch {layers[0].batch})" for name, layers in NETWORKS.items()]
 
 
 def candidates(operator: str) -> list[Options]:
@@ -129,9 +168,7 @@ def candidates(operator: str) -> list[Options]:
     ]
 
 
-def tune(
-    layer: Layer, dtype: torch.dtype, device: str, timer: Timer
-) -> Iterable[tuple[str, str, Options, float]]:
+def tune(layer: Layer, dtype: torch.dtype, device: str, timer: Timer) -> Iterator[Measured]:
     """For each operator of a layer: its name, its class of shapes, the best options, their time."""
     from . import reference, triton
     from .triton import config
@@ -159,7 +196,7 @@ def choose(
     timer: Timer,
     options: Iterable[Options] | None = None,
 ) -> tuple[Options, float] | None:
-    """The fastest options and their time; None where no candidate works.
+    """The fastest options and their time; None, with a warning, where no candidate works.
 
     What does not compile, or does not fit into the GPU, is passed over; what gives another result
     than right as well, with a warning.
@@ -173,8 +210,8 @@ def choose(
         with config.trial(operator, candidate):
             try:
                 result = function(*args)
-            except torch.AcceleratorError:
-                raise  # the GPU itself; nothing runs after that
+            except (torch.AcceleratorError, torch.OutOfMemoryError):
+                raise  # no candidate's fault
             except (TritonError, RuntimeError):
                 continue
             if not _same(result, right):
@@ -183,6 +220,8 @@ def choose(
             milliseconds = timer(lambda: function(*args))
         if best is None or milliseconds < best[1]:
             best = candidate, milliseconds
+    if best is None:
+        warnings.warn(f"{operator}: no candidate works; it keeps the default", stacklevel=2)
     return best
 
 
@@ -196,7 +235,7 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
             os.replace(file.name, path)
         except BaseException:
-            os.unlink(file.name)
+            Path(file.name).unlink(missing_ok=True)
             raise
 
 

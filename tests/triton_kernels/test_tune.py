@@ -8,9 +8,13 @@ import json
 import pytest
 import torch
 
-from fused_preact import cli, tune
+from fused_preact import backend, cli, tune
+from fused_preact.resnet import create_model
 
 pytest.importorskip("triton", reason="triton is not installed (a CPU build of torch)")
+
+import triton
+from compiled import TARGETS, AbsentGpu
 
 from fused_preact.triton import config
 
@@ -58,7 +62,8 @@ def test_fastest_right_candidate_is_chosen():
             options,
         )
     assert found == ({"BLOCK_M": 32}, 1.0)
-    nothing = tune.choose("preact_conv_forward", function, (x,), x, lambda call: 1.0, options[4:])
+    with pytest.warns(UserWarning, match="^preact_conv_forward: no candidate works; it keeps"):
+        nothing = tune.choose("preact_conv_forward", function, (x,), x, lambda _: 1.0, options[4:])
     assert nothing is None
 
 
@@ -107,8 +112,56 @@ def test_spoilt_table(text, own_table, monkeypatch, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_networks_have_the_layers_that_they_name():
-    """The arguments of each layer fit together; shapes only, on no device."""
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """One line and exit code 2, before anything is measured."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FUSED_PREACT_TUNED", str(tmp_path / "file" / "table.json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.main(["tune"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "table" in line and str(tmp_path / "file") in line
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_architecture(target, monkeypatch):
+    """As the table names it: sm_90, gfx942."""
+    driver = AbsentGpu(target)
+    monkeypatch.setattr(torch.cuda, "current_device", driver.get_current_device)
+    triton.runtime.driver.set_active(driver)
+    config._architecture.cache_clear()
+    assert config.architecture() == target
+    config._architecture.cache_clear()
+
+
+def test_unknown_architecture():
+    """Has the package's defaults."""
+    for operator in tune.OPERATORS:
+        default = config.best(operator, "default", torch.bfloat16, "a class")
+        assert config.best(operator, "sm_75", torch.bfloat16, "a class") == default
+
+
+@pytest.mark.parametrize("name", tune.NETWORKS)
+def test_networks_have_these_layers(name):
+    """Each is a convolution of the network itself, on images of its size; shapes only."""
+    size, stem = (224, "imagenet") if name == "preact_resnet200" else (32, "cifar")
+    with torch.device("meta"):
+        model, images = create_model(name, 10, stem), torch.empty(2, 3, size, size)
+    found = set()
+
+    def see(conv, inputs, _):
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        found.add((conv.in_channels, inputs[0].shape[2], conv.out_channels, kernel, stride))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(see)
+    with torch.no_grad(), backend("eager"):
+        model(images)
+    assert {layer[1:] for layer in tune.NETWORKS[name]} <= found
+
+
+def test_arguments_fit_together():
+    """Of each layer; shapes only, on no device."""
     for layer in {layer for layers in tune.NETWORKS.values() for layer in layers}:
         calls = tune._calls(layer._replace(batch=1), torch.float32, "cpu")
         assert calls["preact_conv_dgrad"][0].shape[1] == layer.K
