@@ -136,6 +136,9 @@ def count_flops(function, args, kwargs, output) -> int:
         weight, result = args[4], args[0]
     elif name == "preact_conv_wgrad":
         weight, result = output, args[0]
+    elif name == "preact_conv_backward":
+        weight, result = args[4], args[0]
+        return 4 * result.numel() * weight[0].numel()
     else:
         count = flop_registry.get(function.overloadpacket)
         return count(*args, **kwargs, out_val=output) if count else 0

@@ -186,6 +186,11 @@ def _eager_relu_and_sums(o: _Operands, dh: Tensor) -> Results:
     return [g, torch.stack((dbeta, dgamma))]
 
 
+def _eager_backward(o: _Operands) -> Results:
+    dh, dw, _ = _eager_conv_grad(o, [True, True, False])
+    return [*_eager_relu_and_sums(o, dh), dw]
+
+
 def _eager_residual_grad(o: _Operands) -> Results:
     return [_eager_bn_grad(o, o.g, [True, False, False])[0].add_(o.dh)]
 
@@ -265,6 +270,21 @@ OPERATORS = {
             o.affine,
             list(o.weight.shape[2:]),
             *_geometry(o),
+        ),
+    ),
+    "preact_conv_backward": _Operator(
+        "backward",
+        "convolution_backward for both, threshold_backward, batch_norm_backward's sums",
+        _eager_backward,
+        lambda o: (
+            o.dy,
+            *(None, None, None),
+            o.weight,
+            o.input,
+            o.affine,
+            None,
+            *_geometry(o),
+            True,
         ),
     ),
     "residual_grad": _Operator(

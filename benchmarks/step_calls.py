@@ -85,7 +85,9 @@ class _Recorder(TorchDispatchMode):
             flops = 0
             if function.namespace == "aten":
                 flops = count_flops(function, args, kwargs, output)
-            self.calls.append(Call(function._schema.name, _frozen(specs), results, flops))
+            call = Call(function._schema.name, _frozen(specs), results, flops)
+            both = call.operator == "fused_preact::preact_conv_backward"
+            self.calls += _halves(call) if both else [call]
         return output
 
 
@@ -129,6 +131,18 @@ def _launches(function: Any) -> bool:
     return not (
         name.startswith(("empty", "new_empty", "detach", "_to_view")) or name == "as_strided_"
     )
+
+
+def _halves(call: Call) -> list[Call]:
+    """A GPU runs preact_conv_backward as wgrad and dgrad."""
+    *dy, weight, u, affine = call.arguments[:7]
+    *conv, _, allow_tf32 = call.arguments[8:]
+    g, sums, dw = call.results
+    wgrad = *dy, u, affine, weight.shape[2:], *conv, allow_tf32
+    return [
+        Call("fused_preact::preact_conv_wgrad", wgrad, (dw,), 0),
+        Call("fused_preact::preact_conv_dgrad", call.arguments, (g, sums), 0),
+    ]
 
 
 def _spec(value: Any) -> Any:

@@ -160,6 +160,10 @@ struct PreactConvWgrad {
 };
 void preact_conv_wgrad(const Runtime& runtime, const PreactConvWgrad& op);
 
+// Both gradients of one convolution, of the same operands.
+void preact_conv_backward(const Runtime& runtime, const PreactConvDgrad& dgrad,
+                          const PreactConvWgrad& wgrad);
+
 void residual_grad(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
                    const void* grad,    // [N, H, W, C] or null
                    const void* g,       // [N, H, W, C]
@@ -195,6 +199,8 @@ void bn_relu_backward(const CudaRuntime& runtime, Dtype dtype, const ImageShape&
 void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op);
 void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op);
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op);
+void preact_conv_backward(const CudaRuntime& runtime, const PreactConvDgrad& dgrad,
+                          const PreactConvWgrad& wgrad);
 void residual_grad(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,
                    const void* grad, const void* g, const void* input, const void* affine,
                    const void* sums, void* dinput);

@@ -19,7 +19,7 @@ from . import reference
 
 
 class Composed:
-    """The three convolutions, between the pointwise operators of the namespace kernels."""
+    """The convolutions, between the pointwise operators of the namespace kernels."""
 
     def __init__(self, kernels: Any) -> None:
         self.kernels = kernels
@@ -124,6 +124,30 @@ class Composed:
             dy, h, weight, stride, inner, dilation, groups, [False, True, False]
         )
         return _channels_last(dw.to(reference.accumulator(input.dtype)))
+
+    def preact_conv_backward(
+        self,
+        grad: Tensor,
+        output: Tensor | None,
+        output_affine: Tensor | None,
+        output_sums: Tensor | None,
+        weight: Tensor,
+        input: Tensor,
+        affine: Tensor | None,
+        addend: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        activation: str,
+        with_sums: bool,
+        allow_tf32: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dy = self._output_grad(grad, output, output_affine, output_sums), None, None, None
+        conv: list[Any] = [stride, padding, dilation, groups, activation]
+        dw = self.preact_conv_wgrad(*dy, input, affine, list(weight.shape[2:]), *conv)
+        g, sums = self.preact_conv_dgrad(*dy, weight, input, affine, addend, *conv, with_sums)
+        return g, sums, dw
 
     def _activated(self, input: Tensor, affine: Tensor | None, activation: str) -> Tensor:
         if affine is None:

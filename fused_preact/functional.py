@@ -289,29 +289,32 @@ class _PreActUnit(Function):
         deferred = (dy, None, None, None)  # grad, output, output_affine, output_sums
         for i in reversed(range(n)):
             needs_weight, needs_gamma, needs_beta = needs[4 * i : 4 * i + 3]
-            if needs_weight:
-                grads[4 * i] = config.convs[i].preact_conv_wgrad(
-                    *deferred,
-                    inputs[i],
-                    affines[i],
-                    weights[i].shape[2:],
-                    *config.geometries[i],
-                    config.activation,
-                    config.allow_tf32,
-                )
+            conv, geometry = config.convs[i], config.geometries[i]
             if not (needs_input or any(needs[: 4 * i]) or needs_gamma or needs_beta):
+                if needs_weight:
+                    grads[4 * i] = conv.preact_conv_wgrad(
+                        *deferred,
+                        inputs[i],
+                        affines[i],
+                        weights[i].shape[2:],
+                        *geometry,
+                        config.activation,
+                        config.allow_tf32,
+                    )
                 break
-            g, sums = config.convs[i].preact_conv_dgrad(
+            gradients = conv.preact_conv_backward if needs_weight else conv.preact_conv_dgrad
+            g, sums, *dw = gradients(
                 *deferred,
                 weights[i],
                 inputs[i],
                 affines[i],
                 to_shortcut if i == 0 and joins_h else None,
-                *config.geometries[i],
+                *geometry,
                 config.activation,
                 config.batch_stats[i] or needs_gamma or needs_beta,
                 config.allow_tf32,
             )
+            grads[4 * i] = dw[0] if needs_weight else None
             grads[4 * i + 1] = sums[1] if needs_gamma else None
             grads[4 * i + 2] = sums[0] if needs_beta else None
             deferred = (g, inputs[i], affines[i], sums if config.batch_stats[i] else None)

@@ -1,8 +1,8 @@
 """The operators and the planner that chooses who runs them.
 
-Every backend is a namespace that holds the same nine functions, with the signatures of
+Every backend is a namespace that holds the same ten functions, with the signatures of
 reference.py: bn_stats, bn_affine, bn_update_running, bn_relu_forward, bn_relu_backward,
-preact_conv_forward, preact_conv_dgrad, preact_conv_wgrad, residual_grad.
+preact_conv_forward, preact_conv_dgrad, preact_conv_wgrad, preact_conv_backward, residual_grad.
 
     reference   plain PyTorch, every device and dtype
     cpu         torch.ops.fused_preact on CPU tensors: the C++ kernels of csrc/cpu
@@ -371,6 +371,29 @@ def _(
 ):
     shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
     return _activations(input, shape).to(reference.accumulator(input.dtype))
+
+
+@_fake("preact_conv_backward")
+def _(
+    grad,
+    output,
+    output_affine,
+    output_sums,
+    weight,
+    input,
+    affine,
+    addend,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    with_sums,
+    allow_tf32=False,
+):
+    channels = 0 if affine is None or not with_sums else input.shape[1]
+    dw = _activations(input, weight.shape).to(reference.accumulator(input.dtype))
+    return _activations(input, input.shape), _vectors(input, 2, channels), dw
 
 
 @_fake("residual_grad")

@@ -186,6 +186,34 @@ def preact_conv_wgrad(
         )
 
 
+def preact_conv_backward(
+    grad: Tensor,
+    output: Tensor | None,
+    output_affine: Tensor | None,
+    output_sums: Tensor | None,
+    weight: Tensor,
+    input: Tensor,
+    affine: Tensor | None,
+    addend: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    with_sums: bool,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g and its sums as preact_conv_dgrad has them, and dW as preact_conv_wgrad, bit for bit.
+
+    For a backend that loads once what both of them read.
+    """
+    dy = grad, output, output_affine, output_sums
+    conv: list[Any] = [stride, padding, dilation, groups, activation]
+    dw = preact_conv_wgrad(*dy, input, affine, list(weight.shape[2:]), *conv, allow_tf32)
+    g, sums = preact_conv_dgrad(*dy, weight, input, affine, addend, *conv, with_sums, allow_tf32)
+    return g, sums, dw
+
+
 def residual_grad(
     grad: Tensor | None, g: Tensor, input: Tensor, affine: Tensor, sums: Tensor | None
 ) -> Tensor:

@@ -88,7 +88,17 @@ void parallel_for(const Runtime& runtime, int64_t count, const F& f) {
 }
 
 // Buffers that a thread keeps from call to call: a fresh one would cost a page fault every 4 KB.
-enum class Buffer { kWeight, kVectors, kSource, kGrad, kTransposed, kPaired, kTile, kCount };
+enum class Buffer {
+  kWeight,
+  kPartial,
+  kVectors,
+  kSource,
+  kGrad,
+  kTransposed,
+  kRight,
+  kTile,
+  kCount
+};
 
 template <typename T>
 T* buffer(Buffer which, int64_t count) {

@@ -1,5 +1,5 @@
-// What the three convolution kernels share: the split into bands, the activated window that a band
-// reads, weights packed for the matrix tile.
+// What the convolution kernels share: the split into bands, the activated window that a band reads,
+// weights packed for the matrix tile, the gradient that comes in.
 #pragma once
 
 #include "rows.h"
@@ -12,6 +12,8 @@ constexpr int64_t kTilePixels = 64;        // of a tile, at least
 constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
 constexpr int64_t kFewestPixels = 32;      // of a band
 constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
+constexpr int64_t kFewestParts = 8;        // of dW, and
+constexpr int64_t kMostDweights = 32;      // at most
 
 // Rows of a tile of results: few enough to stay in cache, with pixels enough to read weights for.
 inline int64_t rows_of_tile(int64_t row_pixels, int64_t pixel_bytes, int64_t most) {
@@ -36,6 +38,13 @@ inline ConvShape flattened(ConvShape shape) {
     shape.output = {1, shape.output.pixels(), 1, shape.output.channels};
   }
   return shape;
+}
+
+// Whether each input pixel has an output pixel of its own, so that dgrad and wgrad read the same
+// rows of both.
+inline bool keeps_size(const ConvShape& shape) {
+  return shape.stride_height == 1 && shape.stride_width == 1 &&
+         shape.input.height == shape.output.height && shape.input.width == shape.output.width;
 }
 
 // Rows of each image in bands of at most `most` rows; the split depends on the shape alone. Each
@@ -119,6 +128,31 @@ struct Window {
     }
   }
 };
+
+// Columns of dy as wgrad multiplies it: as wide as h's window, or where its rows are products of
+// their own, as wide as it is.
+template <typename O>
+int64_t grad_pitch(const ConvShape& shape, const Window& window) {
+  return window.step_height == 1 ? ceil_div(window.width, window.step_width)
+                                 : round_depth<O>(shape.output.width);
+}
+
+// The bands of output rows that wgrad works on, and dgrad too where they are those of the input:
+// each gradient then has the same bits alone as with the other.
+template <typename O>
+Bands gradient_bands(const ConvShape& shape) {
+  const Window window(shape);
+  const int64_t c = shape.input.channels, k = shape.output.channels;
+  const int64_t size = shape.kernel_height * shape.kernel_width * k * c;
+  const int64_t row =
+      std::max(window.width * c * window.step_height, grad_pitch<O>(shape, window) * k);
+  // so many parts that all their dW are no more than the operands
+  const int64_t values = shape.input.pixels() * c + shape.output.pixels() * k;
+  const int64_t most_parts = std::clamp(values / size, kFewestParts, kMostDweights);
+  const int64_t bytes = static_cast<int64_t>(sizeof(O));
+  return {shape.output, kCacheBytes / (row * bytes), most_parts,
+          keeps_size(shape) ? size * bytes : 0};
+}
 
 // A weight matrix [k, n] for the tile, n in blocks of kColumnBlock columns: [n / block][k][block],
 // or [n / block][k / 2][block][2] where it takes pairs of rows.

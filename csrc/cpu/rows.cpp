@@ -336,12 +336,18 @@ PREACT_INLINE void transpose_squares(const T* in, int64_t rows, int64_t columns,
 }
 
 PREACT_INLINE void pair(const bf16* in, int64_t rows, int64_t columns, bf16* out) {
-  for (int64_t row = 0; row < rows; row += 2, in += 2 * columns, out += 2 * columns) {
+  int64_t row = 0;
+  for (; row + 2 <= rows; row += 2, in += 2 * columns, out += 2 * columns) {
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
       const uint32_t both = in[c].bits | uint32_t{in[columns + c].bits} << 16;
       std::memcpy(out + 2 * c, &both, sizeof both);
     }
+  }
+  if (row == rows) return;
+  for (int64_t c = 0; c < columns; ++c) {
+    out[2 * c] = in[c];
+    out[2 * c + 1] = bf16{};
   }
 }
 

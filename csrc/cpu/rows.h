@@ -50,7 +50,7 @@ void transpose(const double* in, int64_t rows, int64_t columns, int64_t ld_in, i
 void transpose(const bf16* in, int64_t rows, int64_t columns, int64_t ld_in, int64_t ld_out,
                bf16* out);
 
-// out[r / 2, c, r % 2] = in[r, c]; rows is even.
+// out[r / 2, c, r % 2] = in[r, c]; an odd number of rows is followed by one of zeros.
 void pair_rows(const bf16* in, int64_t rows, int64_t columns, bf16* out);
 
 // [4, C] = mean, a = scale, b = -scale * rstd * S2 / M, c = -scale * S1 / M; M values a channel.

@@ -203,6 +203,12 @@ inline Tensor new_vectors(const Tensor& input, int64_t rows, int64_t channels) {
                               input.device());
 }
 
+// the accumulator's dtype, [K, C, R, S] in channels_last memory
+inline Tensor new_weight_grad(const Tensor& input, const Sizes& sizes) {
+  return torch::stable::empty(sizes, accumulator_of(input), std::nullopt, input.device(),
+                              std::nullopt, MemoryFormat::ChannelsLast);
+}
+
 inline void* mutable_data(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr();
 }

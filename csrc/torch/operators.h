@@ -189,14 +189,40 @@ struct Operators {
     const Tensor u = activation("input", input, input, shape.input);
     const OptionalTensor a =
         optional(vectors, "affine", affine, input, int64_t{4}, shape.input.channels);
-    const Sizes sizes{shape.output.channels, shape.input.channels, kernel_size[0], kernel_size[1]};
-    const Tensor dweight =
-        torch::stable::empty(sizes, accumulator_of(input), std::nullopt, input.device(),
-                             std::nullopt, MemoryFormat::ChannelsLast);
+    const Tensor dweight = new_weight_grad(
+        input, {shape.output.channels, shape.input.channels, kernel_size[0], kernel_size[1]});
     Device device(input);
     preact::preact_conv_wgrad(device.runtime(), {dtype, shape, act, dy.get(), data(u), data(a),
                                                  mutable_data(dweight), allow_tf32});
     return dweight;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> preact_conv_backward(
+      const Tensor& grad, const OptionalTensor& output, const OptionalTensor& output_affine,
+      const OptionalTensor& output_sums, const Tensor& weight, const Tensor& input,
+      const OptionalTensor& affine, const OptionalTensor& addend, Sizes stride, Sizes padding,
+      Sizes dilation, int64_t groups, std::string activation_name, bool with_sums,
+      bool allow_tf32) {
+    const Dtype dtype = dtype_of<Device>(input);
+    const int64_t channels = image_shape(input).channels;
+    const Weight w = weight_of(weight, input, channels);
+    const ConvShape shape = conv_shape(input, weight.size(0), {weight.size(2), weight.size(3)},
+                                       stride, padding, dilation, groups);
+    const Activation act = activation_of(activation_name);
+    const OutputGradTensors dy(grad, output, output_affine, output_sums, input, shape.output);
+    const Tensor u = activation("input", input, input, shape.input);
+    const OptionalTensor a = optional(vectors, "affine", affine, input, int64_t{4}, channels);
+    const OptionalTensor added = optional(activation, "addend", addend, input, shape.input);
+    const Tensor g = new_activation(input, shape.input);
+    const Tensor sums = new_vectors(input, 2, affine && with_sums ? channels : 0);
+    const Tensor dweight = new_weight_grad(input, sizes_of(weight));
+    Device device(input);
+    preact::preact_conv_backward(
+        device.runtime(),
+        {dtype, shape, act, dy.get(), w, data(u), data(a), data(added), mutable_data(g),
+         mutable_data(sums), allow_tf32},
+        {dtype, shape, act, dy.get(), data(u), data(a), mutable_data(dweight), allow_tf32});
+    return {g, sums, dweight};
   }
 
   static Tensor residual_grad(const OptionalTensor& grad, const Tensor& g, const Tensor& input,
@@ -243,6 +269,11 @@ void define_operators(Library& m) {
       "Tensor input, Tensor? affine, int[] kernel_size, int[] stride, int[] padding, "
       "int[] dilation, int groups, str activation, bool allow_tf32=False) -> Tensor");
   m.def(
+      "preact_conv_backward(Tensor grad, Tensor? output, Tensor? output_affine, "
+      "Tensor? output_sums, Tensor weight, Tensor input, Tensor? affine, Tensor? addend, "
+      "int[] stride, int[] padding, int[] dilation, int groups, str activation, bool with_sums, "
+      "bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "residual_grad(Tensor? grad, Tensor g, Tensor input, Tensor affine, Tensor? sums) -> Tensor");
 }
 
@@ -257,6 +288,7 @@ void implement_operators(Library& m) {
   m.impl("preact_conv_forward", TORCH_BOX(&Operators<Device>::preact_conv_forward));
   m.impl("preact_conv_dgrad", TORCH_BOX(&Operators<Device>::preact_conv_dgrad));
   m.impl("preact_conv_wgrad", TORCH_BOX(&Operators<Device>::preact_conv_wgrad));
+  m.impl("preact_conv_backward", TORCH_BOX(&Operators<Device>::preact_conv_backward));
   m.impl("residual_grad", TORCH_BOX(&Operators<Device>::residual_grad));
 }
 

@@ -15,6 +15,7 @@ from .bn_relu_backward import bn_relu_backward
 from .bn_relu_forward import bn_relu_forward
 from .bn_stats import bn_stats
 from .bn_update_running import bn_update_running
+from .preact_conv_backward import preact_conv_backward
 from .preact_conv_dgrad import preact_conv_dgrad
 from .preact_conv_forward import preact_conv_forward
 from .preact_conv_wgrad import preact_conv_wgrad
@@ -26,6 +27,7 @@ __all__ = [
     "bn_relu_forward",
     "bn_stats",
     "bn_update_running",
+    "preact_conv_backward",
     "preact_conv_dgrad",
     "preact_conv_forward",
     "preact_conv_wgrad",

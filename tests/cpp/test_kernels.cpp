@@ -351,6 +351,16 @@ void test_conv(const std::string& name, const ConvShape& shape, Activation activ
   });
   expect_near(name + " wgrad", dw, want_dw, kTolerance<S>);
   expect_equal(name + " wgrad", dw, dw_again);
+
+  for (const Runtime& runtime : {in_order, reversed}) {
+    std::fill(g_again.begin(), g_again.end(), S{});
+    std::fill(sums_again.begin(), sums_again.end(), A{});
+    std::fill(dw_again.begin(), dw_again.end(), A{});
+    preact_conv_backward(runtime, dgrad, wgrad);
+    expect_equal(name + " backward g", g, g_again);
+    if (!plain) expect_equal(name + " backward sums", sums, sums_again);
+    expect_equal(name + " backward dw", dw, dw_again);
+  }
 }
 
 ConvShape conv_shape(const ImageShape& input, int64_t out_channels, int64_t kernel, int64_t stride,

@@ -114,6 +114,11 @@ def run(
             **tf32,
         ),
     }
+    pairs["preact_conv_backward"] = operators.preact_conv_backward(
+        *(*deferred, weight, u, bn, addend if whole else None),
+        *(*geometry, activation, whole),
+        **tf32,
+    )
     for name, (activations, *reduced) in pairs.items():
         results |= {name: activations}
         results |= {f"{name} ({i})": vectors for i, vectors in enumerate(reduced)}

@@ -83,6 +83,15 @@ def test_preact_conv_wgrad(absent, deferred, check):
 
 
 @pytest.mark.parametrize("absent", [True, False])
+def test_preact_conv_backward(absent, check):
+    """Likewise, with and without affine, addend, sums and a deferred gradient."""
+    o = _operands(check, "3x3", deferred="no" if absent else "with sums")
+    affine, addend = (None, None) if absent else (o.affine, o.addend)
+    rest = o.weight, o.input, affine, addend, *o.geometry, "relu", not absent
+    check("preact_conv_backward", o.grad, *o.deferred, *rest)
+
+
+@pytest.mark.parametrize("absent", [True, False])
 def test_residual_grad(absent, check):
     """Likewise, with and without grad and sums."""
     o = _operands(check, "3x3 of one channel", deferred="with sums")

@@ -1,0 +1,56 @@
+// preact_conv_backward: g and its sums as preact_conv_dgrad has them, dW as preact_conv_wgrad, bit
+//   for bit.
+// Reads g', u' [M', K] and u, addend [M, C]; writes g [M, C] and dW; FLOPs 4*M'*K*C*R*S.
+//
+// Where the convolution keeps the size, both gradients go over the same bands: dy is loaded once,
+// and u is still in cache when g is computed.
+#include "input_gradient.h"
+#include "weight_gradient.h"
+
+namespace preact {
+namespace {
+
+template <typename S, typename O>
+void run(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
+  dgrad.shape = wgrad.shape = flattened(dgrad.shape);
+  const OutputGradient<S> grad(dgrad.grad, dgrad.shape.output);
+  InputGradient<S, O> dinput(runtime, dgrad);
+  const WeightGradient<S, O> dweight(runtime, wgrad);
+  const Bands& bands = dweight.bands;
+  const int64_t size = dinput.source_size(), together = dweight.together(size);
+  parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
+    O* const loaded = buffer<O>(Buffer::kGrad, together * size);
+    const O* rights[WeightGradient<S, O>::kMostTogether];
+    const int64_t end = bands.parts.end(part);
+    for (int64_t first = bands.parts.begin(part); first < end; first += together) {
+      const int64_t count = std::min(together, end - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t band = first + i;
+        const O* const dy = dinput.load_grad(grad, band, loaded + i * size);
+        rights[i] = dweight.load(i, together, band, dy + dinput.first_pixel(band));
+        dinput.compute(part, band, dy);
+      }
+      dweight.multiply(part, first, count, together, rights);
+    }
+  });
+  dinput.finish();
+  dweight.finish(runtime);
+}
+
+}  // namespace
+
+void preact_conv_backward(const Runtime& runtime, const PreactConvDgrad& dgrad,
+                          const PreactConvWgrad& wgrad) {
+  // dgrad's products are as deep as there are filters, wgrad's as there are pixels.
+  const bool same_operands =
+      dgrad.dtype != Dtype::kBFloat16 || dgrad.shape.output.channels % 2 == 0;
+  if (!keeps_size(dgrad.shape) || !same_operands) {
+    preact_conv_wgrad(runtime, wgrad);
+    preact_conv_dgrad(runtime, dgrad);
+    return;
+  }
+  dispatch(runtime, dgrad.dtype, 2,
+           [&]<typename S, typename O>(S, O) { run<S, O>(runtime, dgrad, wgrad); });
+}
+
+}  // namespace preact

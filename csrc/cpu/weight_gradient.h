@@ -1,0 +1,181 @@
+// dW = sum over pixels of dy h^T, with h = act(scale * (u - mean) + shift) computed again, a group
+// of bands of output rows at a time.
+//
+// Each part of the work sums its own dW over its bands; the parts are added in order. For each tap,
+// dW is a matrix product over pixels: h transposed, shifted by the tap, times dy. dy is laid out as
+// wide as h's window, zero at its right, so that all rows of a band are one product.
+#pragma once
+
+#include "conv.h"
+
+namespace preact {
+
+template <typename S, typename O>
+class WeightGradient {
+  using A = Accumulator<S>;
+  static constexpr int64_t kSumChunk = 256, kFilters = 16;
+  static constexpr int64_t kProductRows = 128, kProductColumns = 256;  // of one matrix product
+  static constexpr int64_t kGroupBytes = 512 * 1024;
+  const PreactConvWgrad& op_;
+  const Window window_;
+
+ public:
+  static constexpr int64_t kMostTogether = 16;
+  const Bands bands;
+
+  // op's shape is flattened.
+  WeightGradient(const Runtime& runtime, const PreactConvWgrad& op)
+      : op_(op),
+        window_(op.shape),
+        bands(gradient_bands<O>(op.shape)),
+        tile_(tile_of(runtime, O{})),
+        partial_(buffer<A>(Buffer::kPartial, bands.parts.parts * size_)) {}
+
+  // Values of dy of a band.
+  int64_t grad_size() const { return bands.rows_per_band * pitch_ * k_; }
+
+  // How many bands are multiplied together: each block of dW then is there for all of them. A band
+  // has `grad_size` values of dy.
+  int64_t together(int64_t grad_size) const {
+    const int64_t values = left_size_ + right_size_ + grad_size;
+    return std::clamp<int64_t>(kGroupBytes / (values * static_cast<int64_t>(sizeof(O))), 1,
+                               kMostTogether);
+  }
+
+  // dy of a band, [rows, pitch, K], where it lies or in `loaded`.
+  const O* load_grad(const OutputGradient<S>& grad, int64_t band, O* loaded) const {
+    const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
+    const int64_t pixel = (bands.image(band) * op_.shape.output.height + first) * q_;
+    if (pitch_ == q_) {
+      if constexpr (std::is_same_v<S, O>)
+        if (grad.plain()) return grad.plain() + pixel * k_;
+      grad.load(pixel, rows * q_, loaded);
+      return loaded;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      O* const out = loaded + row * pitch_ * k_;
+      grad.load(pixel + row * q_, q_, out);
+      std::fill_n(out + q_ * k_, (pitch_ - q_) * k_, O{});
+    }
+    return loaded;
+  }
+
+  // Makes the operands of the i-th band of `together`, of its dy [rows, pitch, K], and returns the
+  // right one; dy has to stay for multiply().
+  const O* load(int64_t i, int64_t together, int64_t band, const O* dy) const {
+    const ImageShape& input = op_.shape.input;
+    const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
+    const S* const u =
+        static_cast<const S*>(op_.input) + bands.image(band) * input.height * input.width * c_;
+    O* const right = buffer<O>(Buffer::kRight, together * right_size_) + i * right_size_;
+    O* const h = transposes_h_ || kPairs<O>
+                     ? buffer<O>(Buffer::kSource, most_window_ * window_.width * c_)
+                     : right;
+    window_.fill(op_.shape, u, first, rows, static_cast<const A*>(op_.affine), op_.activation, h);
+    O* const left = buffer<O>(Buffer::kTransposed, together * left_size_) + i * left_size_;
+    if (transposes_h_)
+      transpose_planes(h, window_.rows(op_.shape, rows), left);
+    else
+      transpose_planes(dy, rows, left);
+    const O* const as_it_lies = transposes_h_ ? dy : h;
+    if constexpr (kPairs<O>) {
+      pair_rows(as_it_lies, (rows - 1) * pitch_ + q_, product_columns_, right);
+      return right;
+    } else {
+      return as_it_lies;
+    }
+  }
+
+  // Adds to a part's dW `count` bands from `first` on, of `together`, the operands that load()
+  // made.
+  void multiply(int64_t part, int64_t first, int64_t count, int64_t together,
+                const O* const* rights) const {
+    const O* const left = buffer<O>(Buffer::kTransposed, together * left_size_);
+    const int64_t s = op_.shape.kernel_width;
+    A* const dweight = partial_ + part * size_;
+    for (int64_t tap = 0; tap < op_.shape.kernel_height * s; ++tap)
+      for (int64_t row = 0; row < product_rows_; row += kProductRows)
+        for (int64_t column = 0; column < product_columns_; column += kProductColumns)
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t rows = bands.end_row(first + i) - bands.first_row(first + i);
+            const int64_t calls = joined_ ? 1 : rows;
+            const int64_t depth = round_depth<O>(joined_ ? (rows - 1) * pitch_ + q_ : q_);
+            const O* const a = left + i * left_size_ + tap % s % step_ * plane_size_ + row * ld_ +
+                               tap / s * plane_width_ + tap % s / step_;
+            const O* const b = rights[i] + column * (kPairs<O> ? 2 : 1);
+            for (int64_t call = 0; call < calls; ++call)
+              tile_(std::min(kProductRows, product_rows_ - row),
+                    std::min(kProductColumns, product_columns_ - column), depth, ld_,
+                    product_columns_, product_columns_,
+                    first + i > bands.parts.begin(part) || call > 0,
+                    a + call * window_.step_height * plane_width_,
+                    b + call * pitch_ * product_columns_,
+                    dweight + (tap * product_rows_ + row) * product_columns_ + column);
+          }
+  }
+
+  // Writes dW, once all bands are in: the parts' sum, in order, where it lies as in dW, or into the
+  // first of them.
+  void finish(const Runtime& runtime) const {
+    A* const dweight = static_cast<A*>(op_.dweight);
+    A* const sum = transposes_h_ ? partial_ : dweight;
+    const Parts chunks(ceil_div(size_, kSumChunk), kMostParts);
+    parallel_for(runtime, chunks.parts, [&](int64_t chunk) {
+      const int64_t begin = chunks.begin(chunk) * kSumChunk;
+      const int64_t end = std::min(size_, chunks.end(chunk) * kSumChunk);
+      if (sum != partial_) std::copy(partial_ + begin, partial_ + end, sum + begin);
+      for (int64_t j = 1; j < bands.parts.parts; ++j)
+        sum_rows(partial_ + j * size_ + begin, 1, end - begin, sum + begin);
+    });
+    if (!transposes_h_) return;
+    const int64_t row = size_ / k_;  // of dW
+    parallel_for(runtime, ceil_div(k_, kFilters), [&](int64_t block) {
+      const int64_t first = block * kFilters;
+      transpose(partial_ + first, row, std::min(kFilters, k_ - first), k_, row,
+                dweight + first * row);
+    });
+  }
+
+ private:
+  const int64_t c_ = op_.shape.input.channels, k_ = op_.shape.output.channels;
+  const int64_t q_ = op_.shape.output.width;
+  const int64_t size_ = op_.shape.kernel_height * op_.shape.kernel_width * k_ * c_;  // of dW
+  // The left operand is transposed: h; or of a 1x1 convolution dy, which leaves dW as it should
+  // lie, unless that is the wider one and pixels are many.
+  const bool transposes_h_ = size_ > k_* c_ || (c_ < k_ && op_.shape.output.pixels() > 4 * c_);
+  const int64_t product_rows_ = transposes_h_ ? c_ : k_, product_columns_ = transposes_h_ ? k_ : c_;
+  // Columns of the window a stride apart lie in a plane of their own.
+  const int64_t step_ = window_.step_width, plane_width_ = ceil_div(window_.width, step_);
+  const bool joined_ = window_.step_height == 1;             // all rows of a band in one product
+  const int64_t pitch_ = grad_pitch<O>(op_.shape, window_);  // of dy's rows
+  const int64_t most_window_ = window_.rows(op_.shape, bands.rows_per_band);
+  // A row of a plane ends with a zero; an odd number of cache lines sets rows apart in the cache.
+  static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(O));
+  const int64_t ld_ = (ceil_div(most_window_ * plane_width_ + 1, kLine) | 1) * kLine;
+  const int64_t plane_size_ = product_rows_ * ld_, left_size_ = step_ * plane_size_;
+  const int64_t right_size_ = round_depth<O>(bands.rows_per_band * pitch_) * product_columns_;
+  const Tile<O, A> tile_;
+  A* const partial_;  // [parts][R, S, product_rows, product_columns]
+
+  // Rows of the window, [rows, width, product_rows], to [step][product_rows][rows, plane_width] and
+  // a zero.
+  void transpose_planes(const O* in, int64_t rows, O* out) const {
+    const int64_t n = product_rows_;
+    for (int64_t i = 0; i < step_; ++i, out += plane_size_) {
+      const int64_t columns = ceil_div(window_.width - i, step_);
+      if (step_ == 1) {
+        transpose(in, rows * plane_width_, n, n, ld_, out);
+      } else {
+        for (int64_t row = 0; row < rows; ++row) {
+          O* const to = out + row * plane_width_;
+          transpose(in + (row * window_.width + i) * n, columns, n, step_ * n, ld_, to);
+          if (columns < plane_width_)
+            for (int64_t j = 0; j < n; ++j) to[j * ld_ + columns] = O{};
+        }
+      }
+      for (int64_t j = 0; j < n; ++j) out[j * ld_ + rows * plane_width_] = O{};
+    }
+  }
+};
+
+}  // namespace preact
