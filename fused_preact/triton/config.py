@@ -2,10 +2,13 @@
 
 configs.json in this folder is the package's table; `fused-preact tune` writes a user's own, which
 comes first, to user_table(). The package's entries are defaults, chosen by reasoning and not
-measured yet: tiles that fit into every architecture without spilling registers. Both map
-operator -> architecture -> class -> options, a class being a dtype and, where measured, conv_class
-or row_class. Where there is no entry for an architecture or a class, "default" serves; block sizes
-shrink to the shape.
+measured yet: tiles that fit into every architecture, and that spill no registers on those that
+tests/triton_kernels/test_compiled.py compiles for. Both map
+
+    operator -> architecture -> class -> options
+
+a class being a dtype and, where measured, conv_class or row_class. Where there is no entry for an
+architecture or a class, "default" serves; block sizes shrink to the shape.
 """
 
 import functools

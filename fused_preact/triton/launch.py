@@ -75,8 +75,14 @@ def vectors(like: Tensor, *shape: int) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:
-    """tl.dot's input_precision: what 16-bit operands ignore is one choice for them, not two."""
-    return "tf32" if allow_tf32 and dtype == torch.float32 else "ieee"
+    """tl.dot's input_precision: what 16-bit operands ignore is one choice for them, not two.
+
+    Of AMD's GPUs Triton has TF32 on CDNA 3 alone, and refuses it elsewhere.
+    """
+    if not allow_tf32 or dtype != torch.float32:
+        return "ieee"
+    architecture = config.architecture()
+    return "ieee" if architecture.startswith("gfx") and architecture != "gfx942" else "tf32"
 
 
 def row_tiles(operator: str, input: Tensor) -> tuple[int, Mapping[str, int]]:

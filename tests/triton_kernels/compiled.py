@@ -19,11 +19,18 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
 }
-# What a thread block may have: CUDA's programming guide, compute capabilities; AMD CDNA 3's LDS.
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# What a thread block may have: CUDA's programming guide, compute capabilities; AMD CDNA's LDS.
+SHARED_MEMORY = {
+    **{"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10},
+    **{"gfx942": 64 << 10, "gfx90a": 64 << 10},
+}
 # The matrix units' instructions; UTCHMMA is PTX's tcgen05.mma.
-MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.?MMA", "gfx942": "v_mfma_"}
+MATRIX_INSTRUCTIONS = {
+    **{"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.?MMA"},
+    **{"gfx942": "v_mfma_", "gfx90a": "v_mfma_"},
+}
 
 
 class AbsentGpu:
