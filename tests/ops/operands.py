@@ -111,5 +111,6 @@ def calls_with(input: Tensor) -> dict[str, tuple]:
         "preact_conv_forward": (input, affine, weight, None, *rest, True),
         "preact_conv_dgrad": (*dy, weight, input, affine, None, *rest, True),
         "preact_conv_wgrad": (*dy, input, affine, [1, 1], *rest),
+        "preact_conv_backward": (*dy, weight, input, affine, None, *rest, True),
         "residual_grad": (None, input, input, affine, sums),
     }

@@ -29,6 +29,10 @@ def test_operators(deferred):
             *(o.grad, *o.deferred, o.weight, o.input, affine, addend),
             *(*geometry, "relu", all_given),
         ),
+        "preact_conv_backward": (
+            *(o.grad, *o.deferred, o.weight, o.input, affine, addend),
+            *(*geometry, "relu", all_given),
+        ),
         "preact_conv_wgrad": (o.grad, *o.deferred, o.input, affine, [3, 3], *geometry, "relu"),
         "residual_grad": (addend, o.addend, o.input, o.affine, None),
     }
