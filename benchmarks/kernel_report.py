@@ -12,8 +12,8 @@ A launch is predicted to take the largest of
     tensor     the multiplications of the busiest multiprocessor, at the rate of mma.sync
     issue      the instructions of the busiest multiprocessor's loops, four a clock; a kernel's
                loops that copy count as their mean
-    latency    the steps that a block takes one after the other, each waiting for memory, times the
-               waves of blocks
+    latency    the steps that a block takes one after the other, each waiting for memory, shared
+               among those that wait at the same time, times the waves of blocks
 and then what the last block takes to merge the others' sums; never less than a launch.
 """
 
@@ -165,7 +165,8 @@ def predict(
     accesses = defaultdict(float, launch.accesses)
     # a convolution waits at each step, a pointwise kernel at each turn of its loop
     loads = max((loop.count("LDG", 128) for loop in kernel.loops), default=0)
-    turns = launch.waits or accesses[READ, 16] / warps / max(loads, 1)
+    turns = sum(n / (1 + newest) for newest, n in enumerate(launch.waits))
+    turns = turns or accesses[READ, 16] / warps / max(loads, 1)
     merge = 0.0
     if "preact_conv" in kernel.name or "bn_" in kernel.name:
         issued = accesses[READ, 4] / warps * kernel.merge_instructions
@@ -291,10 +292,9 @@ def static_table(kernels: dict[str, Kernel]) -> list[str]:
             f"{i.name}.{i.bits}" for i in loop.instructions if i.name in ("LDS", "LDG", "LDGSTS")
         )
         copy = kernel.per_unit("LDGSTS", 128)
-        short = name.replace("preact::cuda::", "")
-        short = short.replace("(preact::Activation)0", "relu").replace(
-            "(preact::Activation)1", "silu"
-        )
+        short = name.replace("(preact::Activation)0", "relu")
+        short = short.replace("(preact::Activation)1", "silu")
+        short = short.replace("preact::cuda::", "").replace("preact::", "")
         cells = [
             f"`{short}`",
             kernel.registers,

@@ -16,6 +16,28 @@
 namespace preact::cuda {
 
 constexpr int kMostPiecesPerThread = 32;  // of a window: one bit each says which are not padding
+constexpr int kMostStages = 4;            // steps that are copied or multiplied at the same time
+// Tiles whose places are in shared memory: what is stored, multiplied and copied, and the next one.
+constexpr int kPlaces = 8;
+static_assert(kPlaces >= kMostStages + 2);
+
+// The slot after this one in a ring of as many.
+PREACT_DEVICE int next_slot(int slot, int slots) { return slot + 1 < slots ? slot + 1 : 0; }
+
+// The most stages up to kMostStages with which a multiprocessor holds as many blocks as with two:
+// waiting blocks hide more than waiting copies do. shared_bytes(stages) is what a block takes.
+template <class Kernel, typename F>
+int choose_stages(const CudaRuntime& runtime, Kernel kernel, int threads, int64_t most_blocks,
+                  const F& shared_bytes) {
+  const auto blocks = [&](int stages) {
+    if (shared_bytes(stages) > most_shared_bytes(runtime.device)) return int64_t{0};
+    return std::min(resident_blocks(kernel, threads, shared_bytes(stages), runtime.device),
+                    most_blocks);
+  };
+  int stages = 2;
+  while (stages < kMostStages && blocks(stages + 1) >= blocks(2)) ++stages;
+  return stages;
+}
 
 // --- geometry ------------------------------------------------------------------------------------
 
@@ -31,6 +53,10 @@ struct Axis {
 
   __host__ __device__ int window(int patch) const {
     return taps == 0 ? 0 : (patch - 1) * step + taps;
+  }
+  // The axis of the results in a tensor of `size` pixels: output i is pixel i * gather + offset.
+  __host__ __device__ Axis results(int64_t size) const {
+    return {size, outputs, 1, 1, out_step, out_first};
   }
 };
 
@@ -84,13 +110,18 @@ struct Patch {
 };
 
 // The patch of at most `most` pixels that does a convolution with the fewest pixels multiplied and
-// copied; r and c are the axes with the most taps and outputs. Its window's first and last pixel
-// are less than 2^32 pixels apart in the source.
+// copied; r and c are the axes with the most taps and outputs. The first and last pixel of its
+// window, and of its results, are less than 2^32 pixels apart in their tensor.
 inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most, int most_window) {
+  const auto near = [&](const Patch& patch, const Axis& down, const Axis& across) {
+    const int64_t rows =
+        (patch.images - 1) * down.source + int64_t{down.window(patch.rows)} * down.gather;
+    const int64_t columns = int64_t{across.window(patch.columns)} * across.gather;
+    return (rows - 1) * across.source + columns <= 0xffffffff;
+  };
+  const Axis down = r.results(r.outputs * r.out_step), across = c.results(c.outputs * c.out_step);
   const auto fits = [&](const Patch& patch) {
-    const int64_t rows = (patch.images - 1) * r.source + int64_t{r.window(patch.rows)} * r.gather;
-    const int64_t columns = int64_t{c.window(patch.columns)} * c.gather;
-    return patch.window(r, c) <= most_window && (rows - 1) * c.source + columns <= 0xffffffff;
+    return patch.window(r, c) <= most_window && near(patch, r, c) && near(patch, down, across);
   };
   Patch best{1, 1, 1};
   double lowest = std::numeric_limits<double>::infinity();
@@ -122,6 +153,107 @@ struct Origin {
     column = tile % across * patch.columns;
     row = tile / across % down * patch.rows;
     image = tile / across / down * patch.images;
+  }
+};
+
+// Where a tile's region lies in its tensor [N, H, W, C]: what of it is inside, in pixels from the
+// region's first one, and that one's first element.
+struct Place {
+  int images, top, bottom, left, right;
+  int64_t start;
+};
+
+// The pixels of a tensor that tiles read, a window each, or write: rows and columns as the axes
+// have it. They are counted with columns running fastest; those beyond are in images that are not.
+struct Region {
+  const Axis& r;
+  const Axis& c;
+  const Patch& patch;
+  int64_t images, channels;
+  int rows, columns;  // of one image of the patch
+
+  PREACT_DEVICE Region(const Axis& r, const Axis& c, const Patch& patch, int64_t images,
+                       int64_t channels)
+      : r(r),
+        c(c),
+        patch(patch),
+        images(images),
+        channels(channels),
+        rows(r.window(patch.rows)),
+        columns(c.window(patch.columns)) {}
+
+  PREACT_DEVICE int pixels() const { return patch.images * rows * columns; }
+
+  // Image, row and column of pixel i, each less than 1024, 2048 and 2048.
+  PREACT_DEVICE uint32_t packed(int i) const {
+    if (pixels() == 0) return 0;
+    return i / (rows * columns) << 22 | i / columns % rows << 11 | i % columns;
+  }
+
+  PREACT_DEVICE static int clamped(int64_t x, int most) {
+    return x < 0 ? 0 : x < most ? static_cast<int>(x) : most;
+  }
+  PREACT_DEVICE Place place(const Origin& o) const {
+    const int64_t y = o.row * r.step * r.gather + r.offset;
+    const int64_t x = o.column * c.step * c.gather + c.offset;
+    const int down = rows * r.gather, across = columns * c.gather;
+    return {clamped(images - o.image, patch.images),
+            clamped(-y, down),
+            clamped(r.source - y, down),
+            clamped(-x, across),
+            clamped(c.source - x, across),
+            ((o.image * r.source + y) * c.source + x) * channels};
+  }
+};
+
+// The way of a thread over a region, some pixels at a time, without a division: where it begins and
+// how far it steps, packed(), are the same in every tile.
+struct Walk {
+  const Place& place;
+  int image, row, column;  // in the tensor, from the region's first pixel
+  int step_images, step_rows, step_columns, gather, rows, columns;
+  uint32_t image_rows, row_pixels;
+  int64_t start, of_pixel;  // elements
+
+  PREACT_DEVICE Walk(const Region& region, const Place& place, uint32_t first, uint32_t step,
+                     int64_t channel)
+      : place(place),
+        gather(region.r.gather),
+        rows(region.rows * gather),
+        columns(region.columns * region.c.gather),
+        image_rows(static_cast<uint32_t>(region.r.source)),
+        row_pixels(static_cast<uint32_t>(region.c.source)),
+        start(place.start + channel),
+        of_pixel(region.channels) {
+    const auto unpack = [&](uint32_t packed, int& image, int& row, int& column) {
+      image = static_cast<int>(packed >> 22);
+      row = static_cast<int>(packed >> 11 & 2047) * gather;
+      column = static_cast<int>(packed & 2047) * region.c.gather;
+    };
+    unpack(first, image, row, column);
+    unpack(step, step_images, step_rows, step_columns);
+  }
+
+  PREACT_DEVICE bool inside() const {
+    return image < place.images && row >= place.top && row < place.bottom && column >= place.left &&
+           column < place.right;
+  }
+  PREACT_DEVICE int64_t offset() const {
+    const uint32_t pixel = (image * image_rows + row) * row_pixels + column;  // choose_patch()
+    return start + pixel * of_pixel;
+  }
+  PREACT_DEVICE void advance() {
+    column += step_columns;
+    if (column >= columns) {
+      column -= columns;
+      row += gather;
+    }
+    row += step_rows;
+    if (row >= rows) {
+      row -= rows;
+      ++image;
+    }
+    image += step_images;
   }
 };
 
@@ -223,109 +355,32 @@ struct Window {
   static constexpr int kMostPixels = kMostPiecesPerThread * kRowStep;
 
   const Source& source;
-  const Axis& r;
-  const Axis& c;
-  const Patch& patch;
-  int64_t images;
+  Region region;
   int pixels;  // that are filled, from...
-  int window_rows, window_columns;
   int column = static_cast<int>(threadIdx.x) % kPieces;
   int first_pixel = row_of_thread<T, kPieces>(static_cast<int>(threadIdx.x));
-  uint32_t first, step;  // of this thread, packed by place(); the same in every tile
-  uint32_t inside = 0;   // which of this thread's pieces are not padding
+  uint32_t first, step;  // of this thread
 
+  static_assert(kMostPixels <= 2048);
   PREACT_DEVICE Window(const Source& source, const Axis& r, const Axis& c, const Patch& patch,
                        int64_t images, int least_pixels = 0)
       : source(source),
-        r(r),
-        c(c),
-        patch(patch),
-        images(images),
-        pixels(patch.window(r, c)),
-        window_rows(r.window(patch.rows)),
-        window_columns(c.window(patch.columns)),
-        first(place(first_pixel)),
-        step(place(kRowStep)) {
-    if (pixels < least_pixels) pixels = least_pixels;
-  }
-
-  // Image, row and column of pixel w; a window has at most 2048 of each.
-  static_assert(kMostPixels <= 2048);
-  PREACT_DEVICE uint32_t place(int w) const {
-    if (pixels == 0) return 0;
-    const int i = w % (window_rows * window_columns);
-    return w / (window_rows * window_columns) << 22 | i / window_columns << 11 | i % window_columns;
-  }
-
-  // The way of a thread over the window of a tile, in source pixels from the window's first. What
-  // depends on the tile, divisions and what takes 64 bits, is found before it begins.
-  struct Walk {
-    int image, row, column, step_images, step_rows, step_columns, gather, rows, columns;
-    int images, top, bottom, left, right;  // of the window that lie in the source
-    uint32_t image_rows, row_pixels;
-    int64_t start, of_pixel;  // elements of the source
-
-    PREACT_DEVICE Walk(const Window& window, const Origin& o, int64_t channel)
-        : gather(window.r.gather),
-          rows(window.window_rows * gather),
-          columns(window.window_columns * window.c.gather),
-          image_rows(static_cast<uint32_t>(window.r.source)),
-          row_pixels(static_cast<uint32_t>(window.c.source)),
-          of_pixel(window.source.channels.count) {
-      const Axis &r = window.r, &c = window.c;
-      const auto unpack = [&](uint32_t place, int& image, int& row, int& column) {
-        image = static_cast<int>(place >> 22);
-        row = static_cast<int>(place >> 11 & 2047) * r.gather;
-        column = static_cast<int>(place & 2047) * c.gather;
-      };
-      unpack(window.first, image, row, column);
-      unpack(window.step, step_images, step_rows, step_columns);
-      const int64_t y = o.row * r.step * r.gather + r.offset;
-      const int64_t x = o.column * c.step * c.gather + c.offset;
-      images = clamped(window.images - o.image, window.patch.images);
-      top = clamped(-y, rows), bottom = clamped(r.source - y, rows);
-      left = clamped(-x, columns), right = clamped(c.source - x, columns);
-      start = ((o.image * r.source + y) * c.source + x) * of_pixel + channel;
-    }
-    PREACT_DEVICE static int clamped(int64_t x, int most) {
-      return x < 0 ? 0 : x < most ? static_cast<int>(x) : most;
-    }
-
-    PREACT_DEVICE bool inside() const {
-      return image < images && row >= top && row < bottom && column >= left && column < right;
-    }
-    PREACT_DEVICE int64_t offset() const {
-      const uint32_t pixel = (image * image_rows + row) * row_pixels + column;  // choose_patch()
-      return start + pixel * of_pixel;
-    }
-    PREACT_DEVICE void advance() {  // by kRowStep pixels
-      column += step_columns;
-      if (column >= columns) {
-        column -= columns;
-        row += gather;
-      }
-      row += step_rows;
-      if (row >= rows) {
-        row -= rows;
-        ++image;
-      }
-      image += step_images;
-    }
-  };
+        region(r, c, patch, images, source.channels.count),
+        pixels(region.pixels() < least_pixels ? least_pixels : region.pixels()),
+        first(region.packed(first_pixel)),
+        step(region.packed(kRowStep)) {}
 
   // Starts the copies of channels from `channel` on; pieces that are no vectors are there at once.
-  // second is for a Source of two tensors.
-  PREACT_DEVICE void fetch(const Origin& o, int64_t channel, T* buffer, T* second) {
+  // second is for a Source of two tensors. Returns which of this thread's pieces are not padding.
+  PREACT_DEVICE uint32_t fetch(const Place& place, int64_t channel, T* buffer, T* second) const {
     channel += column * kPiece;
     const int valid = source.channels.valid(channel);
-    Walk walk(*this, o, channel);
-    if (valid <= 0) walk.images = 0;
-    inside = 0;
-    uint32_t bit = 1;
+    Walk walk(region, place, first, step, channel);
+    uint32_t inside = 0, bit = 1;
 #pragma unroll 1
     for (int w = first_pixel; w < pixels; w += kRowStep, bit <<= 1, walk.advance()) {
       const int at = w * kPitch + column * kPiece;
-      if (!walk.inside()) {
+      if (valid <= 0 || !walk.inside()) {
         zero_piece(buffer + at);
         continue;
       }
@@ -335,6 +390,7 @@ struct Window {
       if constexpr (Source::kTwo)
         if (source.output) fetch_piece(second + at, source.output + from, valid);
     }
+    return inside;
   }
   PREACT_DEVICE void fetch_piece(T* shared, const T* global, int valid) const {
     if (source.channels.vectors) return copy_piece(shared, global);
@@ -343,8 +399,8 @@ struct Window {
     write_piece(shared, v);
   }
 
-  // Turns what fetch() copied into the operand.
-  PREACT_DEVICE void transform(int64_t channel, T* buffer, const T* second) const {
+  // Turns what fetch() copied, and said is inside, into the operand.
+  PREACT_DEVICE void transform(int64_t channel, uint32_t inside, T* buffer, const T* second) const {
     channel += column * kPiece;
     if (source.channels.valid(channel) <= 0 || source.plain()) return;
     const typename Source::Function function(source, channel);

@@ -3,8 +3,8 @@
 //
 // Blocks stay: each walks over tiles of the same channels, with the weights resident in shared
 // memory where they are small. A step is 32 source channels and up to three taps in one row of the
-// kernel; while it is multiplied, the copies of the next one are under way. So are the first copies
-// of the next tile while each warp, by itself, stores its results of this one.
+// kernel; while it is multiplied, the copies of the next one to three are under way. So are the
+// first copies of the next tiles while each warp, by itself, stores its results of this one.
 #pragma once
 
 #include "conv.cuh"
@@ -22,14 +22,27 @@ __host__ __device__ constexpr int stage_column(int c) { return c + c / 32 * 4; }
 constexpr int kStagePitch = stage_column(kWarpChannels);
 constexpr int kStageRows = 16;  // of a warp's results that are on their way at once
 
+// Of a warp: those results, and where in the result tensor each of its 32 pixels goes.
 constexpr int64_t kStageBytes = kStageRows * kStagePitch * static_cast<int64_t>(sizeof(float));
+constexpr int64_t kWarpBytes = kStageBytes + 32 * static_cast<int64_t>(sizeof(int64_t));
+static_assert(kWarpBytes % 128 == 0);
 constexpr int64_t kResidentBytes = 48 * 1024;  // of weights that stay
 
-// Shared memory, in bytes from its start; the table of rows comes first.
+// Where a tile's window and results lie.
+struct TilePlaces {
+  Place source, result;
+};
+
+// Shared memory, in bytes from its start; the table of rows comes first. Windows, weights, the
+// second tensors and what is inside of windows are rings: slots are used in turn.
 constexpr int kAxesAt = kTilePixels * static_cast<int>(sizeof(int));
+constexpr int kPlacesAt = kAxesAt + 128;
+constexpr int kRingsAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(TilePlaces));
+static_assert(kRingsAt % 128 == 0);
 struct SharedLayout {
-  int64_t weights, windows, window_bytes, second, streamed, stages, total;
-  bool resident;  // all weights at `weights`, else those of two steps at `streamed`
+  int64_t weights, inside, windows, window_bytes, second, stages, total;
+  int windows_count, waiting;  // windows in all; of those, the most that wait for their transform
+  bool resident;               // all weights stay, else those of as many steps as there are stages
 };
 
 // kAcross: warps side by side, each with 64 channels.
@@ -38,13 +51,14 @@ struct ConvTile {
   static constexpr int kChannels = kAcross * kWarpChannels;
   static constexpr int kWarpsDown = kTilePixels / 32;
   static constexpr int kThreads = 32 * kWarpsDown * kAcross;
-  static constexpr int64_t kStagesBytes = kWarpsDown * kAcross * kStageBytes;
+  static constexpr int64_t kStagesBytes = kWarpsDown * kAcross * kWarpBytes;
   static constexpr int64_t kReduceBytes =
       reduce_floats(Moments::kValues, kThreads / (kChannels / kPiece), kChannels, kThreads) *
       static_cast<int64_t>(sizeof(float));
 };
 
 struct ConvTiling {
+  int stages;  // steps that are copied or multiplied at the same time
   int64_t images;
   Patch patch;
   Channels weights;         // C, and whether weights are copied as vectors
@@ -68,22 +82,24 @@ template <typename T, bool kDgrad, int kAcross>
 constexpr int kWeightTile =
     (kDgrad ? kChunk : ConvTile<kAcross>::kChannels) * kWeightPitch<T, kDgrad, kAcross>;
 
+// steps_of_chunk are the fewest that any phase has.
 template <typename T, bool kDgrad, int kAcross>
-SharedLayout shared_layout(int window_pixels, bool two, int taps_down, int taps_across,
-                           int64_t source_channels) {
+SharedLayout shared_layout(int window_pixels, bool two, const Axis& r, const Axis& c,
+                           int64_t source_channels, int steps_of_chunk, int stages) {
   constexpr int64_t kBytes = sizeof(T);
-  const int64_t step =
-      int64_t{taps_of_step(taps_across)} * kWeightTile<T, kDgrad, kAcross> * kBytes;
-  const int64_t all =
-      step * taps_down * steps_across(taps_across) * ceil_div(source_channels, kChunk);
+  const int64_t step = int64_t{taps_of_step(c.taps)} * kWeightTile<T, kDgrad, kAcross> * kBytes;
+  const int64_t all = step * r.taps * steps_across(c.taps) * ceil_div(source_channels, kChunk);
   SharedLayout layout{};
   layout.resident = all <= kResidentBytes;
-  layout.weights = kAxesAt + 128;
-  layout.windows = layout.weights + (layout.resident ? all : 0);
+  layout.waiting = static_cast<int>(ceil_div(stages - 1, steps_of_chunk));
+  layout.windows_count = layout.waiting + 1;
+  layout.weights = kRingsAt;
+  layout.inside = layout.weights + (layout.resident ? all : stages * step);
+  layout.windows = layout.inside + layout.waiting * ConvTile<kAcross>::kThreads *
+                                       static_cast<int64_t>(sizeof(uint32_t));
   layout.window_bytes = int64_t{window_pixels} * pitch<T>(kChunk, false) * kBytes;
-  layout.second = layout.windows + 2 * layout.window_bytes;
-  layout.streamed = layout.second + (two ? layout.window_bytes : 0);
-  layout.stages = layout.streamed + (layout.resident ? 0 : 2 * step);
+  layout.second = layout.windows + layout.windows_count * layout.window_bytes;
+  layout.stages = layout.second + (two ? layout.waiting * layout.window_bytes : 0);
   // The reduction comes when nobody needs the windows any more.
   layout.total = std::max(layout.stages + ConvTile<kAcross>::kStagesBytes,
                           layout.windows + ConvTile<kAcross>::kReduceBytes);
@@ -97,25 +113,31 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
                                       const Axis& r, const Axis& c, const Weight& weight,
                                       int64_t input_channels, int64_t output_channels, bool two,
                                       int phases) {
-  ConvTiling tiling{images, {}, weight_channels(weight, input_channels), output_channels, {}};
+  using Tile = ConvTile<kAcross>;
+  ConvTiling tiling{2, images, {}, weight_channels(weight, input_channels), output_channels, {}};
   const int64_t source_channels = kDgrad ? output_channels : input_channels;
   const int64_t result_channels = kDgrad ? input_channels : output_channels;
-  const auto layout = [&](int pixels) {
-    return shared_layout<T, kDgrad, kAcross>(pixels, two, r.taps, c.taps, source_channels);
+  const int steps_of_chunk = phases > 1 ? 1 : r.taps * steps_across(c.taps);
+  const auto layout = [&](int pixels, int stages) {
+    return shared_layout<T, kDgrad, kAcross>(pixels, two, r, c, source_channels, steps_of_chunk,
+                                             stages);
   };
-  const int64_t free_bytes =
-      most_shared_bytes(runtime.device) - layout(0).stages - ConvTile<kAcross>::kStagesBytes;
-  const int64_t pixel_bytes =
-      (two ? 3 : 2) * pitch<T>(kChunk, false) * static_cast<int64_t>(sizeof(T));
-  const int64_t most_window =
-      std::min<int64_t>(free_bytes / pixel_bytes,
-                        kMostPiecesPerThread * ConvTile<kAcross>::kThreads / (kChunk / kPiece));
+  const SharedLayout empty = layout(0, 2);
+  const int64_t free_bytes = most_shared_bytes(runtime.device) - empty.stages - Tile::kStagesBytes;
+  const int64_t pixel_bytes = (empty.windows_count + (two ? empty.waiting : 0)) *
+                              pitch<T>(kChunk, false) * static_cast<int64_t>(sizeof(T));
+  const int64_t most_window = std::min<int64_t>(
+      free_bytes / pixel_bytes, kMostPiecesPerThread * Tile::kThreads / (kChunk / kPiece));
   tiling.patch = choose_patch(images, r, c, kTilePixels, static_cast<int>(most_window));
-  tiling.shared = layout(tiling.patch.window(r, c));
+  const int window = tiling.patch.window(r, c);
+  const auto total = [&](int stages) { return layout(window, stages).total; };
+  constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+  tiling.stages = choose_stages(runtime, kernel, Tile::kThreads, kAny, total);
+  tiling.shared = layout(window, tiling.stages);
 
-  const int64_t tiles_across = ceil_div(result_channels, ConvTile<kAcross>::kChannels);
+  const int64_t tiles_across = ceil_div(result_channels, Tile::kChannels);
   const int64_t resident =
-      resident_blocks(kernel, ConvTile<kAcross>::kThreads, tiling.shared.total, runtime.device) *
+      resident_blocks(kernel, Tile::kThreads, tiling.shared.total, runtime.device) *
       multiprocessors(runtime.device);
   const int64_t blocks =
       std::clamp<int64_t>(resident / (tiles_across * phases), 1, tiling.patch.tiles(images, r, c));
@@ -137,6 +159,30 @@ void choose_tile(const CudaRuntime& runtime, int64_t pixels, int64_t result_chan
   run.template operator()<1>();
 }
 
+// A step of a tile, counted in the kernel's taps and the source's channels: where its weights are
+// and which part of the window it reads. `tile` counts those of a block.
+struct Step {
+  int tile = 0, channel = 0, row = 0, first_tap = 0;
+
+  PREACT_DEVICE bool begins_chunk() const { return row == 0 && first_tap == 0; }
+  PREACT_DEVICE void advance(int taps_down, int taps_across, int channels) {
+    first_tap += kTapsPerStep;
+    if (first_tap < taps_across) return;
+    first_tap = 0;
+    if (++row < taps_down) return;
+    row = 0;
+    channel += kChunk;
+    if (channel < channels) return;
+    channel = 0;
+    ++tile;
+  }
+};
+
+// Which slot of each ring is next.
+struct Slots {
+  int weights = 0, window = 0, waiting = 0;
+};
+
 // Runs the tiles of one block. An Epilogue::Thread stores one piece of channels of one pixel of the
 // result, [N, height, width, channels], at a time, and reduces what it stores.
 template <typename T, bool kDgrad, int kAcross, class Source, class Epilogue, typename Reduced>
@@ -150,18 +196,28 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   const SharedLayout& layout = tiling.shared;
   unsigned char* const shared = shared_memory();
   int* const table = reinterpret_cast<int*>(shared);
-  T* const all_weights = reinterpret_cast<T*>(shared + layout.weights);
-  T* const streamed = reinterpret_cast<T*>(shared + layout.streamed);
-  T* const second = reinterpret_cast<T*>(shared + layout.second);
-  const auto window_at = [&](int chunk) {
-    return reinterpret_cast<T*>(shared + layout.windows + chunk % 2 * layout.window_bytes);
+  TilePlaces* const places = reinterpret_cast<TilePlaces*>(shared + kPlacesAt);
+  const auto window_at = [&](int slot) {
+    return reinterpret_cast<T*>(shared + layout.windows + slot * layout.window_bytes);
+  };
+  const auto second_at = [&](int slot) {
+    return reinterpret_cast<T*>(shared + layout.second + slot * layout.window_bytes);
+  };
+  const auto weights_at = [&](int slot) {
+    return reinterpret_cast<T*>(shared + layout.weights) +
+           slot * taps_of_step(c.taps) * kWeightTile<T, kDgrad, kAcross>;
+  };
+  // of this thread's pieces alone
+  const auto inside_at = [&](int slot) {
+    return reinterpret_cast<uint32_t*>(shared + layout.inside) + slot * Tile::kThreads +
+           threadIdx.x;
   };
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int warp_pixel = thread / 32 % Tile::kWarpsDown * 32;
   const int warp_channel = thread / 32 / Tile::kWarpsDown * kWarpChannels;
   const int tiles_across = static_cast<int>((result.count + Tile::kChannels - 1) / Tile::kChannels);
-  const int64_t first_channel = int64_t{blockIdx.x} % tiles_across * Tile::kChannels;
+  const int first_channel = static_cast<int>(blockIdx.x) % tiles_across * Tile::kChannels;
   const int block = static_cast<int>(blockIdx.x) / tiles_across;
   const int blocks = static_cast<int>(gridDim.x) / tiles_across;
   // A tile of 128 channels has them all.
@@ -169,77 +225,107 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   const int live = kAcross == 1 && channels_left < kWarpChannels ? static_cast<int>(channels_left)
                                                                  : kWarpChannels;
   const int live_pieces = (live + kPiece - 1) / kPiece;
-  const int chunks = static_cast<int>((source.channels.count + kChunk - 1) / kChunk);
-  const int across = steps_across(c.taps), steps_of_chunk = r.taps * across;
-  const int steps = chunks * steps_of_chunk;
+  const int source_channels = static_cast<int>(source.channels.count);
+  const int steps = (source_channels + kChunk - 1) / kChunk * r.taps * steps_across(c.taps);
+  const int64_t all_tiles = tiling.patch.tiles(tiling.images, r, c);
+  const int tiles = static_cast<int>((all_tiles - block + blocks - 1) / blocks);
 
-  const auto fetch_step_weights = [&](int step, T* to) {
-    const int64_t chunk = int64_t{step / steps_of_chunk} * kChunk;
-    const int row = r.weight_first + step % steps_of_chunk / across * r.weight_step;
-    const int first = step % across * kTapsPerStep;
-    for (int t = first; t < c.taps && t < first + kTapsPerStep; ++t) {
-      const int column = c.weight_first + t * c.weight_step;
-      T* const tile = to + (t - first) * kWeightTile<T, kDgrad, kAcross>;
+  const Window<T, Source, kChunk / kPiece, false, Tile::kThreads> window(source, r, c, tiling.patch,
+                                                                         tiling.images);
+  // use(region) of the results; made anew each time, since it would take registers in every loop.
+  const auto with_results = [&](const auto& use) {
+    const Axis down = r.results(height), across = c.results(width);
+    return use(Region(down, across, tiling.patch, tiling.images, result.count));
+  };
+  // A tile's divisions are made by one thread, a tile before anybody needs them.
+  const auto find_places = [&](int tile) {
+    const Origin origin(block + int64_t{tile} * blocks, tiling.patch, r, c);
+    places[tile % kPlaces] = {window.region.place(origin), with_results([&](const Region& results) {
+                                return results.place(origin);
+                              })};
+  };
+  const auto fetch_step_weights = [&](const Step& step, T* to) {
+    const int row = r.weight_first + step.row * r.weight_step;
+    for (int t = 0; t < kTapsPerStep && step.first_tap + t < c.taps; ++t) {
+      const int tap = c.weight_first + (step.first_tap + t) * c.weight_step;
+      T* const tile = to + t * kWeightTile<T, kDgrad, kAcross>;
       if constexpr (kDgrad)
         fetch_weights<T, kChunk, Tile::kChannels, kWeightPitch<T, true, kAcross>, Tile::kThreads>(
-            weight, tiling.output_channels, tiling.weights, chunk, first_channel, row, column,
+            weight, tiling.output_channels, tiling.weights, step.channel, first_channel, row, tap,
             tile);
       else
         fetch_weights<T, Tile::kChannels, kChunk, kWeightPitch<T, false, kAcross>, Tile::kThreads>(
-            weight, tiling.output_channels, tiling.weights, first_channel, chunk, row, column,
+            weight, tiling.output_channels, tiling.weights, first_channel, step.channel, row, tap,
             tile);
     }
   };
-  // Steps and chunks are counted on from tile to tile, so that each takes turns with its
-  // neighbours.
-  int steps_before = 0, chunks_before = 0;
-  const auto step_weights = [&](int step) {
-    const int slot = layout.resident ? step % steps : step % 2;
-    return (layout.resident ? all_weights : streamed) +
-           slot * taps_of_step(c.taps) * kWeightTile<T, kDgrad, kAcross>;
+  // Starts the copies of the next step that has none, be it of another tile: one group for each
+  // step, empty behind the last one.
+  const int weight_slots = layout.resident ? steps : tiling.stages;
+  Step ahead;
+  Slots ahead_slots;
+  const auto fetch = [&] {
+    if (ahead.tile < tiles) {
+      if (ahead.begins_chunk()) {
+        const uint32_t inside =
+            window.fetch(places[ahead.tile % kPlaces].source, ahead.channel,
+                         window_at(ahead_slots.window), second_at(ahead_slots.waiting));
+        store_shared(inside_at(ahead_slots.waiting), inside);
+        ahead_slots.window = next_slot(ahead_slots.window, layout.windows_count);
+        ahead_slots.waiting = next_slot(ahead_slots.waiting, layout.waiting);
+      }
+      if (!layout.resident) {
+        fetch_step_weights(ahead, weights_at(ahead_slots.weights));
+        ahead_slots.weights = next_slot(ahead_slots.weights, tiling.stages);
+      }
+      ahead.advance(r.taps, c.taps, source_channels);
+    }
+    copies_commit();
   };
 
   fill_row_table(table, kTilePixels, tiling.patch, r, c, kPitch);
-  if (layout.resident)
-    for (int step = 0; step < steps; ++step) fetch_step_weights(step, step_weights(step));
+  if (layout.resident) {
+    Step step;
+    for (int i = 0; i < steps; ++i, step.advance(r.taps, c.taps, source_channels))
+      fetch_step_weights(step, weights_at(i));
+  }
+  if (thread == 0)
+    for (int tile = 0; tile < tiling.stages; ++tile) find_places(tile);
+  __syncthreads();
+  if (steps > 0)
+    for (int i = 1; i < tiling.stages; ++i) fetch();
 
-  Window<T, Source, kChunk / kPiece, false, Tile::kThreads> window(source, r, c, tiling.patch,
-                                                                   tiling.images);
   const int column = lane % live_pieces, row = lane / live_pieces, rows = 32 / live_pieces;
-  const int64_t my_channel = first_channel + warp_channel + column * kPiece;
-  float* const stage = reinterpret_cast<float*>(shared + layout.stages + thread / 32 * kStageBytes);
+  const int my_channel = first_channel + warp_channel + column * kPiece;
+  unsigned char* const of_warp = shared + layout.stages + thread / 32 * kWarpBytes;
+  float* const stage = reinterpret_cast<float*>(of_warp);
+  int64_t* const pixel_starts = reinterpret_cast<int64_t*>(of_warp + kStageBytes);
+  const uint32_t my_pixel =
+      with_results([&](const Region& results) { return results.packed(warp_pixel + lane); });
   typename Epilogue::Thread mine(epilogue, my_channel);
 
-  const int64_t tiles = tiling.patch.tiles(tiling.images, r, c);
-  // Starts the copies of a step of a tile; the step may be the first of the next one.
-  const auto fetch = [&](int64_t tile, int step, int chunk) {
-    if (step % steps_of_chunk == 0) {
-      const Origin origin(tile, tiling.patch, r, c);
-      window.fetch(origin, int64_t{chunk} % chunks * kChunk, window_at(chunk), second);
-    }
-    if (!layout.resident) fetch_step_weights(step % steps, step_weights(step));
-  };
-  if (steps > 0 && block < tiles) fetch(block, 0, 0);
-  for (int64_t tile = block; tile < tiles; tile += blocks) {
-    const Origin origin(tile, tiling.patch, r, c);
+  Step now;
+  Slots slots;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (thread == 0) find_places(tile + tiling.stages);
+    if (steps == 0) __syncthreads();  // else there is one in each step
     float sums[kM][kN][4] = {};
     for (int i = 0; i < steps; ++i) {
-      const int step = steps_before + i, chunk = chunks_before + i / steps_of_chunk;
-      const int64_t first_source = int64_t{i} / steps_of_chunk * kChunk;
-      const int tap_row = i % steps_of_chunk / across, first_tap = i % across * kTapsPerStep;
-      copies_wait();
-      if (i % steps_of_chunk == 0) window.transform(first_source, window_at(chunk), second);
+      copies_wait(tiling.stages - 2);
+      if (now.begins_chunk()) {
+        window.transform(now.channel, load_shared(inside_at(slots.waiting)),
+                         window_at(slots.window), second_at(slots.waiting));
+        slots.waiting = next_slot(slots.waiting, layout.waiting);
+      }
       __syncthreads();
-      const bool last = i + 1 == steps;
-      if (!last || tile + blocks < tiles)
-        fetch(last ? tile + blocks : tile, step + 1, chunks_before + (i + 1) / steps_of_chunk);
+      fetch();
 
-      const int64_t source_left = source.channels.count - first_source;
+      const int source_left = source_channels - now.channel;
       const T* const taps =
-          window_at(chunk) + (tap_row * window.window_columns + first_tap) * kPitch;
-      for (int t = 0; t < kTapsPerStep && first_tap + t < c.taps; ++t) {
+          window_at(slots.window) + (now.row * window.region.columns + now.first_tap) * kPitch;
+      for (int t = 0; t < kTapsPerStep && now.first_tap + t < c.taps; ++t) {
         constexpr int kRow = kWeightPitch<T, kDgrad, kAcross>;
-        const T* const weights = step_weights(step) + t * kWeightTile<T, kDgrad, kAcross>;
+        const T* const weights = weights_at(slots.weights) + t * kWeightTile<T, kDgrad, kAcross>;
 #pragma unroll
         for (int k0 = 0; k0 < kChunk; k0 += 16) {
           if (k0 >= source_left) break;
@@ -254,11 +340,17 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
               });
         }
       }
+      slots.weights = next_slot(slots.weights, weight_slots);
+      now.advance(r.taps, c.taps, source_channels);
+      if (now.begins_chunk()) slots.window = next_slot(slots.window, layout.windows_count);
     }
-    steps_before += steps;
-    chunks_before += chunks;
 
     mine.begin_tile(my_channel);
+    __syncwarp();  // the starts of the tile before have been read
+    store_shared(pixel_starts + lane, with_results([&](const Region& results) {
+                   const Walk to(results, places[tile % kPlaces].result, my_pixel, 0, 0);
+                   return to.inside() ? to.offset() : int64_t{-1};
+                 }));
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       __syncwarp();  // the rows before have been read
@@ -274,16 +366,11 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
       if (row < rows)
 #pragma unroll 1
         for (int i = row; i < kStageRows; i += rows) {
-          const int pixel = warp_pixel + m * kStageRows + i;
-          if (pixel >= tiling.patch.pixels()) break;
-          const int64_t n = origin.image + pixel / (tiling.patch.rows * tiling.patch.columns);
-          const int64_t p = origin.row + pixel / tiling.patch.columns % tiling.patch.rows;
-          const int64_t q = origin.column + pixel % tiling.patch.columns;
-          if (n >= tiling.images || p >= r.outputs || q >= c.outputs) continue;
-          const int64_t y = r.out_first + p * r.out_step, x = c.out_first + q * c.out_step;
+          const int64_t start = load_shared(pixel_starts + m * kStageRows + i);
+          if (start < 0) continue;
           Piece v;
           read_piece(stage + i * kStagePitch + stage_column(column * kPiece), v);
-          mine.store(((n * height + y) * width + x) * result.count + my_channel, v);
+          mine.store(start + my_channel, v);
         }
     }
   }

@@ -4,13 +4,12 @@
 
 #include <cstdint>
 
+#include "../preact.h"
+
 #define PREACT_DEVICE __device__ __forceinline__
 
 namespace preact::cuda {
 
-struct bf16 {
-  uint16_t bits;
-};
 struct f16 {
   uint16_t bits;
 };
@@ -60,6 +59,13 @@ PREACT_DEVICE uint32_t narrow_pair(float low, float high, bf16) {
 PREACT_DEVICE uint32_t narrow_pair(float low, float high, f16) {
   uint32_t out;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+// 1 / x to the last bit but one, of a normal number
+PREACT_DEVICE float reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
 }
 
@@ -115,14 +121,27 @@ PREACT_DEVICE void store_shared(Bytes16* p, Bytes16 v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
-// Copies 16 bytes from global into shared memory; there after copies_wait by the same thread.
+// Copies 16 bytes from global into shared memory; there after copies_wait() by the same thread.
 PREACT_DEVICE void copy16(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
-PREACT_DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Ends a group of copies, which may be empty.
+PREACT_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all groups are there but the newest ones, at most two, that may still be under way.
+PREACT_DEVICE void copies_wait(int newest) {
+  if (newest == 0)
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  else if (newest == 1)
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  else
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+}
 
-PREACT_DEVICE int count_arrival(int* ticket) { return atomicAdd(ticket, 1); }
+// Whether this is the last of so many calls with this ticket, 0 at launch.
+PREACT_DEVICE bool arrives_last(int* ticket, int calls) {
+  return atomicAdd(ticket, 1) == calls - 1;
+}
 
 // --- tensor cores --------------------------------------------------------------------------------
 

@@ -63,14 +63,14 @@ struct Moments {
 // Of a thread's values in each channel of its piece (Welford).
 struct PieceMoments {
   using Total = Moments;
-  float count = 0, share = 0;  // 1 / count
+  float count = 0, share = 0;  // 1 / count, nearly: the squares only need that it stays the same
   Piece shift{}, sum{}, carry{}, squares{};
 
   PREACT_DEVICE void add(const Piece& x) {
     const bool first = count == 0.f;
     const float share_before = share;
     count += 1.f;
-    share = 1.f / count;
+    share = reciprocal(count);
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) {
       if (first) shift[j] = x[j];
@@ -82,7 +82,7 @@ struct PieceMoments {
   PREACT_DEVICE void get(int j, float (&values)[Total::kValues]) const {
     values[0] = count;
     values[1] = shift[j];
-    values[2] = (sum[j] - carry[j]) * share;
+    values[2] = count > 0.f ? (sum[j] - carry[j]) / count : 0.f;
     values[3] = squares[j];
   }
 };
@@ -214,7 +214,7 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
   __threadfence();
   __syncthreads();
   int* const last = reinterpret_cast<int*>(shared);
-  if (threadIdx.x == 0) store_shared(last, int{count_arrival(r.ticket) == r.parts - 1});
+  if (threadIdx.x == 0) store_shared(last, int{arrives_last(r.ticket, r.parts)});
   __syncthreads();
   if (!load_shared(last)) return;
   __threadfence();

@@ -40,7 +40,7 @@ struct Line {
 std::map<const void*, Point> points;
 std::unordered_map<uintptr_t, Line> lines;  // of global memory, by address / kLine
 std::vector<Launch> launches;
-std::array<int64_t, kRecorded> of_thread, of_warp;  // of the launch that is recorded
+std::array<int64_t, kRecorded> of_warp;  // of the launch that is recorded
 std::string text;
 
 struct Request {
@@ -105,15 +105,12 @@ void count_accesses(std::vector<Accessed>* (&lanes)[32], const unsigned char* sh
 
 void record_launch(const Launch& launch) { launches.push_back(launch); }
 
-void count_recorded(int what) { ++of_thread[what]; }
-
 void count_multiplication() {
   if (recording) count_recorded(kMultiplications);
 }
 
-void count_recorded_thread(bool last_of_warp) {
+void count_recorded_thread(const std::array<int64_t, kRecorded>& of_thread, bool last_of_warp) {
   for (int i = 0; i < kRecorded; ++i) of_warp[i] = std::max(of_warp[i], of_thread[i]);
-  of_thread = {};
   if (!last_of_warp) return;
   for (int i = 0; i < kRecorded; ++i) launches.back().counts[i] += of_warp[i];
   of_warp = {};
@@ -163,10 +160,15 @@ PREACT_CONTROL const char* emulator_points() {
   return emulator::text.c_str();
 }
 
-// From now on launches are recorded, not run, as on a device like this.
-PREACT_CONTROL void emulator_record(int on, int multiprocessors, int64_t most_shared_bytes) {
+// From now on a device like this; of 0 multiprocessors: the emulator's own again.
+PREACT_CONTROL void emulator_device(int multiprocessors, int64_t most_shared_bytes) {
+  emulator::device = emulator::Device{};
+  if (multiprocessors > 0) emulator::device = {multiprocessors, most_shared_bytes};
+}
+
+// Whether launches from now on are recorded, not run.
+PREACT_CONTROL void emulator_record(int on) {
   emulator::recording = on;
-  emulator::device = on ? emulator::Device{multiprocessors, most_shared_bytes} : emulator::Device{};
   emulator::launches.clear();
 }
 

@@ -1,6 +1,7 @@
 // What a launch moves, warp by warp, and what it was launched with: test equipment.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "ptx.cuh"
@@ -19,10 +20,11 @@ struct Accessed {
 // What the lanes of a warp accessed between two points where they meet; forgotten afterwards.
 void count_accesses(std::vector<Accessed>* (&lanes)[32], const unsigned char* shared);
 
-// What a launch is recorded with: accesses by kind and size, then multiplications and waits.
+// What a launch is recorded with: accesses by kind and size, then multiplications, then waits by
+// how many groups of copies may still be under way.
 constexpr int kAccesses = 6, kSizes = 5;  // 1, 2, 4, 8 and 16 bytes
 constexpr int kMultiplications = kAccesses * kSizes, kWaits = kMultiplications + 1;
-constexpr int kRecorded = kWaits + 1;
+constexpr int kRecorded = kWaits + 3;
 
 struct Launch {
   const char* name;
@@ -34,6 +36,6 @@ struct Launch {
 };
 void record_launch(const Launch& launch);
 void count_recorded(int what);
-void count_recorded_thread(bool last_of_warp);
+void count_recorded_thread(const std::array<int64_t, kRecorded>& of_thread, bool last_of_warp);
 
 }  // namespace emulator

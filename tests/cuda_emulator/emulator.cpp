@@ -1,6 +1,8 @@
 #include <ucontext.h>
 
+#include <array>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
@@ -32,7 +34,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Index index;
   bool done = false;
-  std::vector<Copy> copies;  // begun, not yet there
+  std::vector<Copy> copies;               // begun, not yet there, of no group yet
+  std::deque<std::vector<Copy>> groups;   // likewise, the oldest first
+  std::array<int64_t, kRecorded> counts;  // while launches are recorded
   std::vector<Accessed> accessed;
 };
 
@@ -122,6 +126,8 @@ void run_block() {
     fiber.index = {static_cast<unsigned>(t), 0, 0};
     fiber.done = false;
     fiber.copies.clear();
+    fiber.groups.clear();
+    fiber.counts = {};
     fiber.accessed.clear();
     ready.push_back(t);
   }
@@ -148,7 +154,6 @@ void seed(uint64_t value) { order.seed(value); }
 unsigned char* shared() { return shared_bytes_begin; }
 
 void barrier() {
-  if (recording) return;
   if (++waiting < threads) return yield();
   waiting = 0;
   for (int warp = 0; warp < threads / 32; ++warp) count_warp(warp);
@@ -174,7 +179,7 @@ void together(void* mine, void (*all)(void* (&lanes)[32])) {
 __attribute__((noinline)) bool count(Access access, const void* p, int bytes) {
   if (recording) {
     count_recorded(access * kSizes + std::countr_zero(static_cast<unsigned>(bytes)));
-    return false;
+    return access == kSharedRead || access == kSharedWritten;
   }
   if (counting) fibers[self]->accessed.push_back({__builtin_return_address(0), p, access, bytes});
   return true;
@@ -182,11 +187,19 @@ __attribute__((noinline)) bool count(Access access, const void* p, int bytes) {
 
 void copy_later(void* to, const void* from) { fibers[self]->copies.push_back({to, from}); }
 
-void finish_copies() {
-  if (recording) return count_recorded(kWaits);
-  for (const Copy& copy : fibers[self]->copies) std::memcpy(copy.to, copy.from, 16);
+void end_group() {
+  fibers[self]->groups.push_back(std::move(fibers[self]->copies));
   fibers[self]->copies.clear();
 }
+
+void finish_copies(int newest) {
+  if (recording) count_recorded(kWaits + newest);
+  auto& groups = fibers[self]->groups;
+  for (; std::ssize(groups) > newest; groups.pop_front())
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+}
+
+void count_recorded(int what) { ++fibers[self]->counts[what]; }
 
 void check_aligned(const void* p, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % 16) fail(std::string(what) + " at no multiple of 16 bytes");
@@ -194,26 +207,21 @@ void check_aligned(const void* p, const char* what) {
 
 void run(const char* name, const void* symbol, Index grid, int block_threads, int64_t shared_bytes,
          const std::function<void()>& body) {
-  if (recording) {
-    record_launch({name, symbol, grid, block_threads, shared_bytes});
-    const std::vector<unsigned char> memory(static_cast<size_t>(shared_bytes) + 128);
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data());
-    shared_bytes_begin = reinterpret_cast<unsigned char*>((begin + 127) / 128 * 128);
-    block_size = {static_cast<unsigned>(block_threads), 1, 1};
-    grid_size = grid;
-    block = {};
-    for (unsigned t = 0; t < block_size.x; ++t) {
-      thread = {t, 0, 0};
-      body();
-      count_recorded_thread(t % 32 == 31);
-    }
-    return;
-  }
   if (block_threads % 32) throw std::invalid_argument(std::string(name) + ": no whole warps");
   threads = block_threads;
   kernel = &body;
   block_size = {static_cast<unsigned>(threads), 1, 1};
   grid_size = grid;
+  if (recording) {
+    record_launch({name, symbol, grid, block_threads, shared_bytes});
+    const std::vector<unsigned char> memory(static_cast<size_t>(shared_bytes) + 128);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data());
+    shared_bytes_begin = reinterpret_cast<unsigned char*>((begin + 127) / 128 * 128);
+    block = {};
+    run_block();
+    for (int t = 0; t < threads; ++t) count_recorded_thread(fibers[t]->counts, t % 32 == 31);
+    return;
+  }
   std::vector<Index> blocks;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)

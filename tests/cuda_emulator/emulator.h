@@ -6,6 +6,7 @@
 // with. Blocks run one after the other, in an order drawn from the same seed.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -33,11 +34,13 @@ struct Device {
 
 extern Index thread, block, block_size, grid_size;
 extern Device device;
-extern bool recording;  // launches are written down; their first block runs without its data
+extern bool recording;  // launches are written down; their first block runs without its data, as
+                        // the last one
 
 // An access of this thread, seen by counters.cpp while it counts. The place in the code that it
 // returns to is the program point; all helpers below are inlined, so that each use is one of its
-// own. False: there is no data, leave it; what is read is then 1, so that a block is the last one.
+// own. False: there is no data, leave it; what is read is then 1. So it is with all but shared
+// memory while launches are recorded.
 enum Access { kRead, kWritten, kCopied, kSharedRead, kSharedWritten, kMatrixRead };
 bool count(Access access, const void* p, int bytes);
 void count_multiplication();
@@ -46,7 +49,8 @@ void seed(uint64_t value);  // of the orders of threads and blocks
 void barrier();
 unsigned char* shared();
 void copy_later(void* shared, const void* global);
-void finish_copies();
+void end_group();                // of copies
+void finish_copies(int newest);  // of all groups but these
 void check_aligned(const void* p, const char* what);
 
 // An instruction of a whole warp: `mine` are this lane's operands, all() runs once, with every
@@ -97,6 +101,9 @@ uint32_t narrow_pair(float low, float high, T) {
   return narrow_one(low, T{}) | narrow_one(high, T{}) << 16;
 }
 
+// As far off as the instruction may be.
+inline float reciprocal(float x) { return std::nextafter(1.f / x, 2.f); }
+
 // --- memory --------------------------------------------------------------------------------------
 
 inline unsigned char* shared_memory() { return emulator::shared(); }
@@ -139,12 +146,16 @@ PREACT_DEVICE void store_shared(T* p, T v) {
 PREACT_DEVICE void copy16(void* shared, const void* global) {
   emulator::check_aligned(shared, "copy16");
   emulator::check_aligned(global, "copy16");
-  emulator::count(emulator::kCopied, global, 16);
-  if (emulator::count(emulator::kSharedWritten, shared, 16)) emulator::copy_later(shared, global);
+  const bool there = emulator::count(emulator::kCopied, global, 16);
+  emulator::count(emulator::kSharedWritten, shared, 16);
+  if (there) emulator::copy_later(shared, global);
 }
-inline void copies_wait() { emulator::finish_copies(); }
+inline void copies_commit() { emulator::end_group(); }
+inline void copies_wait(int newest) { emulator::finish_copies(newest); }
 
-inline int count_arrival(int* ticket) { return (*ticket)++; }
+inline bool arrives_last(int* ticket, int calls) {
+  return emulator::recording || (*ticket)++ == calls - 1;
+}
 
 // --- tensor cores --------------------------------------------------------------------------------
 
@@ -218,10 +229,13 @@ void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 // --- launches ------------------------------------------------------------------------------------
 
 inline int multiprocessors(int) { return emulator::device.multiprocessors; }
-// As shared memory has room; registers are no more than two blocks of 128 threads may have.
+// As shared memory has room, of which the system takes 1 KB for each block; a thread has as many
+// registers as leave room for 256.
 template <typename Kernel>
-int64_t resident_blocks(Kernel, int, int64_t shared_bytes, int) {
-  return emulator::device.most_shared_bytes >= 2 * shared_bytes ? 2 : 1;
+int64_t resident_blocks(Kernel, int threads, int64_t shared_bytes, int) {
+  constexpr int64_t kSystem = 1024;
+  const int64_t room = (emulator::device.most_shared_bytes + kSystem) / (shared_bytes + kSystem);
+  return std::min<int64_t>(256 / threads, room);
 }
 inline int64_t most_shared_bytes(int) { return emulator::device.most_shared_bytes; }
 inline void zero(void* memory, int64_t bytes, int, void*) {

@@ -44,7 +44,7 @@ class Launch:
     shared_bytes: int
     # Of its first block, in instructions of warps, as if it came last and merged all blocks.
     multiplications: int  # mma.m16n8k16
-    waits: int  # of each warp, for asynchronous copies
+    waits: tuple[int, ...]  # of each warp for copies, by how many groups may be under way
     accesses: dict[tuple[int, int], int]  # by access and bytes of a lane
 
 
@@ -100,16 +100,23 @@ class Emulator:
         counts.points = [Point(place, *row[1:]) for place, row in zip(places, rows, strict=True)]
 
     @contextmanager
+    def device(self, multiprocessors: int, most_shared_bytes: int) -> Iterator[None]:
+        """Launches inside are those for such a device."""
+        self._controls.emulator_device(multiprocessors, ctypes.c_int64(most_shared_bytes))
+        try:
+            yield
+        finally:
+            self._controls.emulator_device(0, ctypes.c_int64(0))
+
+    @contextmanager
     def recording(self, multiprocessors: int, most_shared_bytes: int) -> Iterator[list[Launch]]:
         """Launches as on such a device. None is run: tensors are not touched."""
         launches: list[Launch] = []
-        record = self._controls.emulator_record
-        record(1, multiprocessors, ctypes.c_int64(most_shared_bytes))
-        try:
+        with self.device(multiprocessors, most_shared_bytes), self._recorded():
             yield launches
             for line in self._lines("emulator_launches"):
                 place, x, y, z, threads, shared_bytes, *counts = map(int, line.split())
-                *accesses, multiplications, waits = counts
+                *accesses, multiplications = counts[:-3]
                 by_kind = {(i // 5, 2 ** (i % 5)): n for i, n in enumerate(accesses) if n}
                 launch = Launch(
                     self._kernel(place),
@@ -117,12 +124,18 @@ class Emulator:
                     threads,
                     shared_bytes,
                     multiplications,
-                    waits // (threads // 32),
+                    tuple(n // (threads // 32) for n in counts[-3:]),
                     by_kind,
                 )
                 launches.append(launch)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        self._controls.emulator_record(1)
+        try:
+            yield
         finally:
-            record(0, 0, ctypes.c_int64(0))
+            self._controls.emulator_record(0)
 
     def _lines(self, control: str) -> list[str]:
         return getattr(self._controls, control)().decode().splitlines()

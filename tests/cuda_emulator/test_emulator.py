@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from operands import calls_with
 from fused_preact import ops, reference
 
 DTYPES = list(TOLERANCES)
+CONVOLUTIONS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad")
 SANITIZED = "PREACT_EMULATOR" in os.environ  # this very file again, by test_sanitizers
 
 
@@ -50,7 +52,7 @@ def test_tf32_rounds_both_factors_to_nearest(emulator, shape):
     )
     rounded = run(reference, shape, torch.float32, "relu", False, factor=tf32)
     exact = run(reference, shape, torch.float32, "relu", True)
-    for name in ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad"):
+    for name in CONVOLUTIONS:
         for ours, true, tolerance in (
             (bare[name], rounded[name], TOLERANCES[torch.float32]),
             (whole[name], exact[name], TOLERANCES[torch.float16]),
@@ -139,6 +141,34 @@ def test_order_of_threads_and_blocks_does_not_matter(emulator, shape):
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
+# Wide and narrow tiles, one step of a chunk and several, resident weights and streamed ones.
+STAGED = [
+    Shape(4, 96, 8, 8, 128, (1, 1)),
+    Shape(4, 96, 8, 8, 64, (3, 3), padding=(1, 1, 1, 1)),
+    Shape(4, 96, 8, 8, 64, (3, 3), (2, 2), (1, 1, 1, 1)),
+]
+
+
+def test_number_of_stages_does_not_matter(emulator):
+    """Bit for bit, on devices whose shared memory has room for two, three and four."""
+    stages = defaultdict(set)
+    for shape in STAGED:
+        results = []
+        for kilobytes in (227, 120, 80):
+            device = (4, kilobytes * 1024)
+            with emulator.recording(*device) as launches:
+                run(emulator.operators, shape, torch.bfloat16, "relu", True)
+            for launch in launches:
+                name = launch.kernel.split("_kernel")[0]
+                stages[name] |= {2 + newest for newest, n in enumerate(launch.waits) if n}
+            with emulator.device(*device):
+                results.append(run(emulator.operators, shape, torch.bfloat16, "relu", True))
+        for other in results[1:]:
+            for name in CONVOLUTIONS:
+                assert torch.equal(results[0][name], other[name]), f"{shape} {name}"
+    assert all(stages[name] == {2, 3, 4} for name in CONVOLUTIONS), stages
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", [(7, 7), (1, 49), (49, 1)], ids=str)
 def test_kernels_that_the_planner_allows_fit(emulator, kernel, dtype):
@@ -171,7 +201,7 @@ def test_checks_name_the_argument(emulator):
 @pytest.mark.skipif(SANITIZED, reason="builds by itself")
 def test_missing_barrier_is_found(emulator, tmp_path):
     """wgrad without the barrier between the prologue and the multiplication."""
-    before = "    __syncthreads();\n    if (tile + tiling.splits < tiles)"
+    before = "    __syncthreads();\n    fetch(tile"
     cuda = broken(tmp_path, "preact_conv_wgrad.cu", before, before.replace("__syncthreads();", ""))
     library = build(tmp_path / "build", "preact_race", cuda=cuda, reuse=emulator.library.parent)
     racy = Emulator(library, "preact_race")
@@ -182,10 +212,29 @@ def test_missing_barrier_is_found(emulator, tmp_path):
 
 
 @pytest.mark.skipif(SANITIZED, reason="builds by itself")
+@pytest.mark.parametrize(
+    ("kernel", "file"),
+    [("preact_conv_forward", "conv_tiles.cuh"), ("preact_conv_wgrad", "preact_conv_wgrad.cu")],
+)
+def test_too_weak_a_wait_is_found(emulator, tmp_path, kernel, file):
+    """Copies that are not waited for are not there: each step waits for those of the one before."""
+    before = "copies_wait(tiling.stages - 2)"
+    cuda = broken(tmp_path, f"{kernel}.cu", before, before.replace("2", "1"), file)
+    name = f"preact_weak_{kernel}"
+    library = build(tmp_path / "build", name, cuda=cuda, reuse=emulator.library.parent)
+    shape = SHAPES[4]
+    truth = run(reference, shape, torch.bfloat16, "relu", True)[kernel]
+    found = run(Emulator(library, name).operators, shape, torch.bfloat16, "relu", True)[kernel]
+    assert not torch.allclose(found, truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
+
+
+@pytest.mark.skipif(SANITIZED, reason="builds by itself")
 def test_missing_barrier_of_a_warp_is_found(emulator, tmp_path):
     """The epilogue that reads the stage before the other lanes have written their part."""
-    before = "      __syncwarp();\n"
-    cuda = broken(tmp_path, "preact_conv_forward.cu", before, "", "conv_tiles.cuh")
+    before = "      __syncwarp();\n      if (row < rows)"
+    cuda = broken(
+        tmp_path, "preact_conv_forward.cu", before, "      if (row < rows)", "conv_tiles.cuh"
+    )
     library = build(tmp_path / "build", "preact_warp", cuda=cuda, reuse=emulator.library.parent)
     shape = SHAPES[4]
     truth = run(reference, shape, torch.bfloat16, "relu", True)["preact_conv_forward"]
