@@ -156,10 +156,11 @@ struct Origin {
   }
 };
 
-// Where a tile's region lies in its tensor [N, H, W, C]: what of it is inside, in pixels from the
-// region's first one, and that one's first element.
+// Where a tile's region lies in its tensor [N, H, W, C]: the images that are there, the rows and
+// columns of each, from `top` and `left` of the region on, and the first element of these.
 struct Place {
-  int images, top, bottom, left, right;
+  int images, top, left;
+  uint32_t height, width;
   int64_t start;
 };
 
@@ -197,30 +198,34 @@ struct Region {
     const int64_t y = o.row * r.step * r.gather + r.offset;
     const int64_t x = o.column * c.step * c.gather + c.offset;
     const int down = rows * r.gather, across = columns * c.gather;
+    const int top = clamped(-y, down), left = clamped(-x, across);
     return {clamped(images - o.image, patch.images),
-            clamped(-y, down),
-            clamped(r.source - y, down),
-            clamped(-x, across),
-            clamped(c.source - x, across),
-            ((o.image * r.source + y) * c.source + x) * channels};
+            top,
+            left,
+            static_cast<uint32_t>(clamped(r.source - y - top, down - top)),
+            static_cast<uint32_t>(clamped(c.source - x - left, across - left)),
+            ((o.image * r.source + y + top) * c.source + x + left) * channels};
   }
 };
 
 // The way of a thread over a region, some pixels at a time, without a division: where it begins and
 // how far it steps, packed(), are the same in every tile.
 struct Walk {
-  const Place& place;
-  int image, row, column;  // in the tensor, from the region's first pixel
-  int step_images, step_rows, step_columns, gather, rows, columns;
-  uint32_t image_rows, row_pixels;
+  int image, row, column;  // in the tensor, from place.start
+  int step_images, step_rows, step_columns, gather, rows, columns, end_row, end_column, images;
+  uint32_t height, width, image_rows, row_pixels;
   int64_t start, of_pixel;  // elements
 
   PREACT_DEVICE Walk(const Region& region, const Place& place, uint32_t first, uint32_t step,
                      int64_t channel)
-      : place(place),
-        gather(region.r.gather),
+      : gather(region.r.gather),
         rows(region.rows * gather),
         columns(region.columns * region.c.gather),
+        end_row(rows - place.top),
+        end_column(columns - place.left),
+        images(place.images),
+        height(place.height),
+        width(place.width),
         image_rows(static_cast<uint32_t>(region.r.source)),
         row_pixels(static_cast<uint32_t>(region.c.source)),
         start(place.start + channel),
@@ -232,11 +237,13 @@ struct Walk {
     };
     unpack(first, image, row, column);
     unpack(step, step_images, step_rows, step_columns);
+    row -= place.top;
+    column -= place.left;
   }
 
   PREACT_DEVICE bool inside() const {
-    return image < place.images && row >= place.top && row < place.bottom && column >= place.left &&
-           column < place.right;
+    return image < images && static_cast<uint32_t>(row) < height &&
+           static_cast<uint32_t>(column) < width;
   }
   PREACT_DEVICE int64_t offset() const {
     const uint32_t pixel = (image * image_rows + row) * row_pixels + column;  // choose_patch()
@@ -244,12 +251,12 @@ struct Walk {
   }
   PREACT_DEVICE void advance() {
     column += step_columns;
-    if (column >= columns) {
+    if (column >= end_column) {
       column -= columns;
       row += gather;
     }
     row += step_rows;
-    if (row >= rows) {
+    if (row >= end_row) {
       row -= rows;
       ++image;
     }
