@@ -10,8 +10,8 @@ is benchmarks/predicted. Every time in it is a prediction: no GPU gave it.
 A launch is predicted to take the largest of
     bytes      its tensors, each once, at the device's bandwidth
     tensor     the multiplications of the busiest multiprocessor, at the rate of mma.sync
-    issue      the instructions of the busiest multiprocessor's loops, four a clock; a kernel's
-               loops that copy count as their mean
+    issue      the instructions of the busiest multiprocessor's loops, four a clock; loops of a
+               kernel that do the same (copy windows, copy weights, ...) count as their mean
     latency    the steps that a block takes one after the other, each waiting for memory, shared
                among those that wait at the same time, times the waves of blocks
 and then what the last block takes to merge the others' sums; never less than a launch.
@@ -134,22 +134,23 @@ def resident_blocks(device: Device, kernel: Kernel, launch: Launch) -> int:
 
 def instructions(kernel: Kernel, launch: Launch) -> float:
     """That a block issues in its loops, in warps' instructions."""
-    accesses = defaultdict(float, launch.accesses)
-    total = 0.0
+    accesses = defaultdict(int, launch.accesses)
     if launch.multiplications:
         loop = kernel.main_loop
-        total += launch.multiplications * len(loop.instructions) / loop.count("HMMA")
-        copied = accesses[COPIED, 16]
-        total += copied * (kernel.per_unit("LDGSTS", 128) or 0)
-        transformed = accesses[SHARED_WRITTEN, 16] - copied
-        total += transformed * (kernel.per_unit("STS", 128, beside="LDS") or 0)
-        total += accesses[WRITTEN, 16] * (kernel.per_unit("STG", 128) or 0)
-    else:
-        for bits in (128, 32):
-            total += accesses[READ, bits // 8] * (kernel.per_unit("LDG", bits) or 0)
-            if total:
-                break
-    return total
+        total = launch.multiplications * len(loop.instructions) / loop.count("HMMA")
+        copied, of_weights = accesses[COPIED, 16], launch.weight_copies
+        total += (copied - of_weights) * kernel.per_copy(weights=False)
+        if of_weights:
+            total += of_weights * kernel.per_copy(weights=True)
+        if transformed := accesses[SHARED_WRITTEN, 16] - copied:
+            total += transformed * kernel.per_unit("STS", 128, beside="LDS")
+        if stored := accesses[WRITTEN, 16]:
+            total += stored * kernel.per_unit("STG", 128)
+        return total
+    if kernel.name in ("bn_affine_kernel", "bn_update_running_kernel"):
+        return 0.0  # a thread has one channel: no loop over data
+    size = 16 if accesses[READ, 16] else 4
+    return accesses[READ, size] * kernel.per_unit("LDG", 8 * size)
 
 
 def predict(
@@ -279,8 +280,8 @@ def total(rows: Iterable[Row], of: str = "predicted") -> float:
 def static_table(kernels: dict[str, Kernel]) -> list[str]:
     lines = [
         "| kernel | registers | spilled bytes | main loop: instructions | tensor | operands |"
-        " other loads | instructions a copied piece |",
-        "|---|---|---|---|---|---|---|---|",
+        " other loads | instructions a piece: window | weights | stored |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, kernel in sorted(kernels.items()):
         loop = kernel.main_loop
@@ -291,7 +292,12 @@ def static_table(kernels: dict[str, Kernel]) -> list[str]:
         others = Counter(
             f"{i.name}.{i.bits}" for i in loop.instructions if i.name in ("LDS", "LDG", "LDGSTS")
         )
-        copy = kernel.per_unit("LDGSTS", 128)
+        pieces = ["-"] * 3
+        if "preact_conv" in name and "f16" in name:  # bf16 as well
+            forms = [kernel.per_copy(weights=False)]
+            if "wgrad" not in name:
+                forms += [kernel.per_copy(weights=True), kernel.per_unit("STG", 128)]
+            pieces[: len(forms)] = [f"{n:.0f}" for n in forms]
         short = name.replace("(preact::Activation)0", "relu")
         short = short.replace("(preact::Activation)1", "silu")
         short = short.replace("preact::cuda::", "").replace("preact::", "")
@@ -303,7 +309,7 @@ def static_table(kernels: dict[str, Kernel]) -> list[str]:
             tensor,
             ", ".join(operands) or "-",
             ", ".join(f"{n} {what}" for what, n in sorted(others.items())) or "-",
-            f"{copy:.0f}" if copy else "-",
+            *pieces,
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines

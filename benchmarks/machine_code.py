@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,15 +106,27 @@ class Kernel:
             for begin, end in sorted(inner)
         ]
 
-    def per_unit(self, name: str, bits: int, beside: str | None = None) -> float | None:
-        """Instructions that a loop issues for each of `name`; None where no loop has it.
+    def per_unit(self, name: str, bits: int, beside: str | None = None) -> float:
+        """Instructions that the loops with `name` issue for each; a LookupError if none has it.
 
-        beside: another instruction that the loop must have as well.
+        beside: another instruction that such a loop must have as well.
         """
-        loops = [x for x in self.loops if x.count(name, bits) and (not beside or x.count(beside))]
+        return self._per_unit(name, bits, lambda x: not beside or x.count(beside) > 0)
+
+    def per_copy(self, *, weights: bool) -> float:
+        """Likewise for each asynchronous copy of weights, or of windows, in 16 bits.
+
+        Where they lie at no multiple of 16 bytes, weights are stored number by number.
+        """
+        return self._per_unit("LDGSTS", 128, lambda x: (x.count("STS", 16) > 0) == weights)
+
+    def _per_unit(self, name: str, bits: int, chosen: Callable[[Loop], bool]) -> float:
+        loops = [loop for loop in self.loops if loop.count(name, bits) and chosen(loop)]
         paths = [loop.fast_path() for loop in loops]
         units = sum(i.name == name and i.bits == bits for path in paths for i in path)
-        return sum(map(len, paths)) / units if units else None
+        if not units:
+            raise LookupError(f"{self.name}: found no loop for {name}.{bits}")
+        return sum(map(len, paths)) / units
 
     @cached_property
     def merge_instructions(self) -> float:

@@ -5,6 +5,7 @@ from collections import Counter
 import kernel_report
 import pytest
 import torch
+from cuda_emulator.emulator import COPIED
 from kernel_report import DEVICES, Report
 from machine_code import cuobjdump, nvcc
 from step_calls import step_calls
@@ -89,3 +90,31 @@ def test_main_loops_multiply(kernels):
                 assert loop.count("HMMA") >= 32, f"sm_{architecture} {kernel.name}"
                 assert 0 < loop.count("LDSM") < loop.count("HMMA")
                 assert len(loop.instructions) < 8 * loop.count("HMMA")
+
+
+@pytest.mark.skipif(nvcc() is None or cuobjdump() is None, reason="no nvcc, or no cuobjdump")
+def test_copies_of_windows_and_of_weights_are_told_apart(kernels):
+    """In 16 bits each has its loops; wgrad has no weights, and asking for them is an error."""
+    for instances in kernels.values():
+        for kernel in instances:
+            if "preact_conv" not in kernel.name or "f16" not in kernel.name:
+                continue
+            assert kernel.per_copy(weights=False) > 0
+            if "wgrad" in kernel.name:
+                with pytest.raises(LookupError, match="found no loop for LDGSTS"):
+                    kernel.per_copy(weights=True)
+            else:
+                assert kernel.per_copy(weights=True) > 0
+
+
+def test_copies_of_weights_are_counted(emulator):
+    """Of a 1x1's resident weights, 64 x 32 numbers: each 16 bytes once, 32 lanes at a time."""
+    u, weight = torch.zeros(2, 32, 16, 16).bfloat16(), torch.zeros(64, 32, 1, 1).bfloat16()
+    u = u.contiguous(memory_format=torch.channels_last)
+    with emulator.recording(2, 163 * 1024) as launches:
+        emulator.operators.preact_conv_forward(
+            *(u, None, weight, None, (1, 1), (0,) * 4, (1, 1), 1, "relu", False)
+        )
+    assert launches[0].weight_copies == 64 * 32 * 2 // 16 // 32
+    copied = launches[0].accesses[COPIED, 16] - launches[0].weight_copies
+    assert copied == u.numel() * 2 // 16 // 32 // launches[0].grid[0]

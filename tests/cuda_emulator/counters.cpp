@@ -40,7 +40,7 @@ struct Line {
 std::map<const void*, Point> points;
 std::unordered_map<uintptr_t, Line> lines;  // of global memory, by address / kLine
 std::vector<Launch> launches;
-std::array<int64_t, kRecorded> of_warp;  // of the launch that is recorded
+Recorded of_warp;  // of the launch that is recorded
 std::string text;
 
 struct Request {
@@ -109,10 +109,14 @@ void count_multiplication() {
   if (recording) count_recorded(kMultiplications);
 }
 
-void count_recorded_thread(const std::array<int64_t, kRecorded>& of_thread, bool last_of_warp) {
-  for (int i = 0; i < kRecorded; ++i) of_warp[i] = std::max(of_warp[i], of_thread[i]);
+void count_recorded_thread(const Recorded& of_thread, bool last_of_warp) {
+  const auto busiest = [](int64_t& count, int64_t of_lane) { count = std::max(count, of_lane); };
+  for (int i = 0; i < kRecorded; ++i) busiest(of_warp.counts[i], of_thread.counts[i]);
+  for (const auto& [place, count] : of_thread.copies) busiest(of_warp.copies[place], count);
   if (!last_of_warp) return;
-  for (int i = 0; i < kRecorded; ++i) launches.back().counts[i] += of_warp[i];
+  Recorded& all = launches.back().recorded;
+  for (int i = 0; i < kRecorded; ++i) all.counts[i] += of_warp.counts[i];
+  for (const auto& [place, count] : of_warp.copies) all.copies[place] += count;
   of_warp = {};
 }
 
@@ -173,18 +177,22 @@ PREACT_CONTROL void emulator_record(int on) {
 }
 
 // A line for each launch since the last call: the kernel's place in this library, grid, threads,
-// shared bytes, counts.
+// shared bytes, counts, and of each place with asynchronous copies that place and their number.
 PREACT_CONTROL const char* emulator_launches() {
   Dl_info self;
   dladdr(reinterpret_cast<const void*>(&emulator_launches), &self);
   emulator::text.clear();
+  const auto at = [&](const void* place) {
+    return static_cast<const char*>(place) - static_cast<const char*>(self.dli_fbase);
+  };
   for (const emulator::Launch& launch : emulator::launches) {
-    const int64_t at =
-        static_cast<const char*>(launch.kernel) - static_cast<const char*>(self.dli_fbase);
-    for (int64_t value : {at, int64_t{launch.grid.x}, int64_t{launch.grid.y},
-                          int64_t{launch.grid.z}, int64_t{launch.threads}, launch.shared_bytes})
-      emulator::text += std::to_string(value) + " ";
-    for (int64_t value : launch.counts) emulator::text += std::to_string(value) + " ";
+    std::vector<int64_t> values{at(launch.kernel), launch.grid.x,  launch.grid.y,
+                                launch.grid.z,     launch.threads, launch.shared_bytes};
+    const auto& recorded = launch.recorded;
+    values.insert(values.end(), recorded.counts.begin(), recorded.counts.end());
+    for (const auto& [place, count] : recorded.copies)
+      values.insert(values.end(), {at(place), count});
+    for (int64_t value : values) emulator::text += std::to_string(value) + " ";
     emulator::text += "\n";
   }
   emulator::launches.clear();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <map>
 #include <vector>
 
 #include "ptx.cuh"
@@ -26,16 +27,22 @@ constexpr int kAccesses = 6, kSizes = 5;  // 1, 2, 4, 8 and 16 bytes
 constexpr int kMultiplications = kAccesses * kSizes, kWaits = kMultiplications + 1;
 constexpr int kRecorded = kWaits + 3;
 
+// What a thread, or several, did while a launch was recorded.
+struct Recorded {
+  std::array<int64_t, kRecorded> counts{};
+  std::map<const void*, int64_t> copies;  // asynchronous ones, by their place in the code
+};
+
 struct Launch {
   const char* name;
   const void* kernel;
   Index grid;
   int threads;
   int64_t shared_bytes;
-  int64_t counts[kRecorded] = {};  // of the first block's warps: each its busiest lane
+  Recorded recorded = {};  // of the first block's warps: each its busiest lane
 };
 void record_launch(const Launch& launch);
 void count_recorded(int what);
-void count_recorded_thread(const std::array<int64_t, kRecorded>& of_thread, bool last_of_warp);
+void count_recorded_thread(const Recorded& of_thread, bool last_of_warp);
 
 }  // namespace emulator

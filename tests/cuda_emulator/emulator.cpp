@@ -1,6 +1,5 @@
 #include <ucontext.h>
 
-#include <array>
 #include <cstdlib>
 #include <deque>
 #include <memory>
@@ -34,9 +33,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Index index;
   bool done = false;
-  std::vector<Copy> copies;               // begun, not yet there, of no group yet
-  std::deque<std::vector<Copy>> groups;   // likewise, the oldest first
-  std::array<int64_t, kRecorded> counts;  // while launches are recorded
+  std::vector<Copy> copies;              // begun, not yet there, of no group yet
+  std::deque<std::vector<Copy>> groups;  // likewise, the oldest first
+  Recorded recorded;
   std::vector<Accessed> accessed;
 };
 
@@ -127,7 +126,7 @@ void run_block() {
     fiber.done = false;
     fiber.copies.clear();
     fiber.groups.clear();
-    fiber.counts = {};
+    fiber.recorded = {};
     fiber.accessed.clear();
     ready.push_back(t);
   }
@@ -179,6 +178,7 @@ void together(void* mine, void (*all)(void* (&lanes)[32])) {
 __attribute__((noinline)) bool count(Access access, const void* p, int bytes) {
   if (recording) {
     count_recorded(access * kSizes + std::countr_zero(static_cast<unsigned>(bytes)));
+    if (access == kCopied) ++fibers[self]->recorded.copies[__builtin_return_address(0)];
     return access == kSharedRead || access == kSharedWritten;
   }
   if (counting) fibers[self]->accessed.push_back({__builtin_return_address(0), p, access, bytes});
@@ -199,7 +199,7 @@ void finish_copies(int newest) {
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
 }
 
-void count_recorded(int what) { ++fibers[self]->counts[what]; }
+void count_recorded(int what) { ++fibers[self]->recorded.counts[what]; }
 
 void check_aligned(const void* p, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % 16) fail(std::string(what) + " at no multiple of 16 bytes");
@@ -213,13 +213,13 @@ void run(const char* name, const void* symbol, Index grid, int block_threads, in
   block_size = {static_cast<unsigned>(threads), 1, 1};
   grid_size = grid;
   if (recording) {
-    record_launch({name, symbol, grid, block_threads, shared_bytes});
+    record_launch({name, symbol, grid, block_threads, shared_bytes, {}});
     const std::vector<unsigned char> memory(static_cast<size_t>(shared_bytes) + 128);
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data());
     shared_bytes_begin = reinterpret_cast<unsigned char*>((begin + 127) / 128 * 128);
     block = {};
     run_block();
-    for (int t = 0; t < threads; ++t) count_recorded_thread(fibers[t]->counts, t % 32 == 31);
+    for (int t = 0; t < threads; ++t) count_recorded_thread(fibers[t]->recorded, t % 32 == 31);
     return;
   }
   std::vector<Index> blocks;

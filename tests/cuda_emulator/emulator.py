@@ -1,6 +1,7 @@
 """A library of build.py in Python: its operators, what they move, what they launch."""
 
 import ctypes
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from machine_code import kernel_name
 from torch import Tensor
 
+_RECORDED = 6 * 5 + 1 + 3  # accesses of five sizes, multiplications, waits
 READ, WRITTEN, COPIED, SHARED_READ, SHARED_WRITTEN, MATRIX_READ = range(6)
 
 
@@ -46,6 +48,7 @@ class Launch:
     multiplications: int  # mma.m16n8k16
     waits: tuple[int, ...]  # of each warp for copies, by how many groups may be under way
     accesses: dict[tuple[int, int], int]  # by access and bytes of a lane
+    weight_copies: int  # of the accesses, asynchronous copies of weights
 
 
 class Counts:
@@ -80,6 +83,7 @@ class Emulator:
         for name in ("emulator_points", "emulator_launches"):
             getattr(self._controls, name).restype = ctypes.c_char_p
         self._kernels: dict[int, str] = {}
+        self._of_weights: dict[int, bool] = {}  # by a copy's place
 
     def seed(self, value: int) -> None:
         """Draw the order of threads and blocks anew."""
@@ -116,6 +120,7 @@ class Emulator:
             yield launches
             for line in self._lines("emulator_launches"):
                 place, x, y, z, threads, shared_bytes, *counts = map(int, line.split())
+                counts, copies = counts[:_RECORDED], counts[_RECORDED:]
                 *accesses, multiplications = counts[:-3]
                 by_kind = {(i // 5, 2 ** (i % 5)): n for i, n in enumerate(accesses) if n}
                 launch = Launch(
@@ -126,6 +131,7 @@ class Emulator:
                     multiplications,
                     tuple(n // (threads // 32) for n in counts[-3:]),
                     by_kind,
+                    self._weight_copies(dict(zip(copies[::2], copies[1::2], strict=True))),
                 )
                 launches.append(launch)
 
@@ -142,15 +148,38 @@ class Emulator:
 
     def _places(self, offsets: list[int]) -> list[str]:
         """File and line of code that was inlined into a kernel: outside the helpers of memory."""
-        command = ["addr2line", "-i", "-a", "-e", str(self.library), *map(hex, offsets)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         places = []
-        for chunk in said.split("0x")[1:]:
-            frames = [Path(line.split(" ")[0]).name for line in chunk.splitlines()[1:]]
-            helpers = ("emulator.h", "piece.cuh")
-            outside = [frame for frame in frames if not frame.startswith(helpers)]
-            places.append((outside or frames)[0])
+        for frames in self._frames(offsets):
+            files = [place for _, place in frames]
+            outside = [file for file in files if not file.startswith(("emulator.h", "piece.cuh"))]
+            places.append((outside or files)[0])
         return places
+
+    def _weight_copies(self, copies: dict[int, int]) -> int:
+        """Of copies, a number at each place, those by fetch_weights()."""
+        new = [place for place in copies if place not in self._of_weights]
+        for place, frames in zip(new, self._frames([place - 1 for place in new]), strict=True):
+            self._of_weights[place] = any("fetch_weights<" in name for name, _ in frames)
+        return sum(count for place, count in copies.items() if self._of_weights[place])
+
+    def _frames(self, offsets: list[int]) -> list[list[tuple[str, str]]]:
+        """Of each place: function, file and line of it and of what it was inlined into."""
+        command = ["addr2line", "-i", "-a", "-f", "-C", "-e", str(self.library)]
+        command += map(hex, offsets)
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found: list[list[str]] = []
+        for line in said.splitlines():
+            if re.fullmatch("0x[0-9a-f]+", line):
+                found.append([])
+            else:
+                found[-1].append(line)
+        return [
+            [
+                (name, Path(place.split(" ")[0]).name)
+                for name, place in zip(lines[::2], lines[1::2], strict=True)
+            ]
+            for lines in found
+        ]
 
     def _kernel(self, offset: int) -> str:
         if not self._kernels:
