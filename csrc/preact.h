@@ -42,7 +42,7 @@ struct OutputGrad {
   const void* grad;    // [N, P, Q, K]
   const void* output;  // [N, P, Q, K] or null: dy = grad
   const void* affine;  // [4, K]
-  const void* sums;    // [2, K] or null: frozen statistics, dy = scale * g
+  const void* sums;    // [2, K]
 };
 
 // C[m, n] (+)= A[m, k] B[k, n], all row-major, leading dimensions in elements.
@@ -104,11 +104,13 @@ void bn_relu_forward(const Runtime& runtime, Dtype dtype, const ImageShape& shap
 
 void bn_relu_backward(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
                       Activation activation,
-                      const void* grad,    // [N, H, W, C]
-                      const void* input,   // [N, H, W, C]
-                      const void* affine,  // [4, C]
-                      void* g,             // [N, H, W, C]
-                      void* sums);         // [2, C] or null
+                      const void* grad,      // [N, H, W, C]
+                      const void* input,     // [N, H, W, C]
+                      const void* affine,    // [4, C]
+                      bool frozen,           // as in PreactConvDgrad
+                      const void* residual,  // [N, H, W, C] or null
+                      void* g,               // [N, H, W, C]
+                      void* sums);           // [2, C] or null
 
 // What bn_affine is asked for, of statistics that are on their way.
 struct NextAffine {
@@ -145,6 +147,10 @@ struct PreactConvDgrad {
   void* g;             // [N, H, W, C]
   void* sums;          // [2, C] or null
   bool allow_tf32 = false;
+  // The statistics behind affine are constants, and BatchNorm's backward pass ends here: g becomes
+  // residual + scale * g.
+  bool frozen = false;
+  const void* residual = nullptr;  // [N, H, W, C] or null
 };
 void preact_conv_dgrad(const Runtime& runtime, const PreactConvDgrad& op);
 
@@ -169,7 +175,7 @@ void residual_grad(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
                    const void* g,       // [N, H, W, C]
                    const void* input,   // [N, H, W, C]
                    const void* affine,  // [4, C]
-                   const void* sums,    // [2, C] or null: frozen statistics
+                   const void* sums,    // [2, C]
                    void* dinput);       // [N, H, W, C]
 
 // What the CUDA kernels need of the program that they run in. Nothing synchronises: a launcher
@@ -195,7 +201,7 @@ void bn_relu_forward(const CudaRuntime& runtime, Dtype dtype, const ImageShape& 
                      Activation activation, const void* input, const void* affine, void* output);
 void bn_relu_backward(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,
                       Activation activation, const void* grad, const void* input,
-                      const void* affine, void* g, void* sums);
+                      const void* affine, bool frozen, const void* residual, void* g, void* sums);
 void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op);
 void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op);
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op);

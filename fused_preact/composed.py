@@ -68,6 +68,8 @@ class Composed:
         activation: str,
         with_sums: bool,
         allow_tf32: bool = False,
+        frozen: bool = False,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         dy = self._output_grad(grad, output, output_affine, output_sums)
         top, bottom, left, right = padding
@@ -87,7 +89,9 @@ class Composed:
             dh = dh.add_(addend)
         if affine is None:
             return dh, _no_channels(input)
-        return self.kernels.bn_relu_backward(dh, input, affine, activation, with_sums)
+        return self.kernels.bn_relu_backward(
+            dh, input, affine, activation, with_sums, frozen, residual
+        )
 
     def preact_conv_wgrad(
         self,
@@ -142,11 +146,27 @@ class Composed:
         activation: str,
         with_sums: bool,
         allow_tf32: bool = False,
+        frozen: bool = False,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dy = self._output_grad(grad, output, output_affine, output_sums), None, None, None
-        conv: list[Any] = [stride, padding, dilation, groups, activation]
-        dw = self.preact_conv_wgrad(*dy, input, affine, list(weight.shape[2:]), *conv)
-        g, sums = self.preact_conv_dgrad(*dy, weight, input, affine, addend, *conv, with_sums)
+        dy = self._output_grad(grad, output, output_affine, output_sums)
+        size = list(weight.shape[2:])
+        conv = stride, padding, dilation, groups, activation
+        dw = self.preact_conv_wgrad(dy, None, None, None, input, affine, size, *conv, allow_tf32)
+        g, sums = self.preact_conv_dgrad(
+            dy,
+            None,
+            None,
+            None,
+            weight,
+            input,
+            affine,
+            addend,
+            *conv,
+            with_sums=with_sums,
+            frozen=frozen,
+            residual=residual,
+        )
         return g, sums, dw
 
     def _activated(self, input: Tensor, affine: Tensor | None, activation: str) -> Tensor:

@@ -302,6 +302,7 @@ class _PreActUnit(Function):
                         config.allow_tf32,
                     )
                 break
+            frozen = affines[i] is not None and not config.batch_stats[i]
             gradients = conv.preact_conv_backward if needs_weight else conv.preact_conv_dgrad
             g, sums, *dw = gradients(
                 *deferred,
@@ -313,19 +314,22 @@ class _PreActUnit(Function):
                 config.activation,
                 config.batch_stats[i] or needs_gamma or needs_beta,
                 config.allow_tf32,
+                frozen,
+                to_shortcut if i == 0 and frozen and not joins_h else None,
             )
             grads[4 * i] = dw[0] if needs_weight else None
             grads[4 * i + 1] = sums[1] if needs_gamma else None
             grads[4 * i + 2] = sums[0] if needs_beta else None
-            deferred = (g, inputs[i], affines[i], sums if config.batch_stats[i] else None)
+            # with frozen statistics, or without any, g is the gradient of inputs[i] itself
+            deferred = g, None, None, None
+            if config.batch_stats[i]:
+                deferred = g, inputs[i], affines[i], sums
 
         dx = dw_projection = None
         if needs_input:
-            g, _, _, sums = deferred
-            dx = g
-            if affine is not None:
-                to_input = None if joins_h else to_shortcut
-                dx = op.residual_grad(to_input, g, input, affine, sums)
+            dx = deferred[0]
+            if config.batch_stats[0]:
+                dx = op.residual_grad(None if joins_h else to_shortcut, *deferred)
         if needs_projection:
             dw_projection = config.convs[-1].preact_conv_wgrad(
                 dy,
@@ -402,10 +406,11 @@ class _BnRelu(Function):
         needs_input, _, _, needs_gamma, needs_beta = _needs_input_grad(ctx)
         dh = dh.contiguous(memory_format=torch.channels_last)
         with_sums = config.batch_stats or needs_gamma or needs_beta
-        g, sums = op.bn_relu_backward(dh, input, affine, config.activation, with_sums)
+        frozen = not config.batch_stats
+        g, sums = op.bn_relu_backward(dh, input, affine, config.activation, with_sums, frozen)
         dx = None
         if needs_input:
-            dx = op.residual_grad(None, g, input, affine, sums if config.batch_stats else None)
+            dx = g if frozen else op.residual_grad(None, g, input, affine, sums)
         dgamma, dbeta = sums[1] if needs_gamma else None, sums[0] if needs_beta else None
         return _once(dx, None, None, dgamma, dbeta)
 

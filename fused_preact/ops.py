@@ -304,7 +304,7 @@ def _(input, affine, activation):
 
 
 @_fake("bn_relu_backward")
-def _(grad, input, affine, activation, with_sums):
+def _(grad, input, affine, activation, with_sums, frozen=False, residual=None):
     return _activations(input, input.shape), _vectors(input, 2, input.shape[1] * with_sums)
 
 
@@ -348,6 +348,8 @@ def _(
     activation,
     with_sums,
     allow_tf32=False,
+    frozen=False,
+    residual=None,
 ):
     channels = 0 if affine is None or not with_sums else input.shape[1]
     return _activations(input, input.shape), _vectors(input, 2, channels)
@@ -390,6 +392,8 @@ def _(
     activation,
     with_sums,
     allow_tf32=False,
+    frozen=False,
+    residual=None,
 ):
     channels = 0 if affine is None or not with_sums else input.shape[1]
     dw = _activations(input, weight.shape).to(reference.accumulator(input.dtype))

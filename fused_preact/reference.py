@@ -67,15 +67,27 @@ def bn_relu_forward(input: Tensor, affine: Tensor, activation: str) -> Tensor:
 
 
 def bn_relu_backward(
-    grad: Tensor, input: Tensor, affine: Tensor, activation: str, with_sums: bool
+    grad: Tensor,
+    input: Tensor,
+    affine: Tensor,
+    activation: str,
+    with_sums: bool,
+    frozen: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """g = grad * act'(z) and its sums; residual_grad turns both into the gradient of input.
 
-    Without with_sums the second result is empty, (2, 0).
+    With frozen statistics nothing is left to do: the first result is the gradient of input,
+    residual + scale * g. Without with_sums the second one is empty, (2, 0).
     """
     g = grad * _activation_slope(_normalise(input, affine), activation)
-    g = _channels_last(g.to(input.dtype))
-    return g, _sums(g, input, affine) if with_sums else _no_channels(input)
+    if not frozen:
+        g = _channels_last(g.to(input.dtype))
+    sums = _sums(g, input, affine) if with_sums else _no_channels(input)
+    if frozen:
+        g = _per_channel(affine[2]) * g
+        g = _channels_last((g if residual is None else residual + g).to(input.dtype))
+    return g, sums
 
 
 def preact_conv_forward(
@@ -128,13 +140,15 @@ def preact_conv_dgrad(
     activation: str,
     with_sums: bool,
     allow_tf32: bool = False,
+    frozen: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """g = (dgrad(dy, weight) + addend) * act'(z) and its sums.
 
     grad is dy itself; or, where output is given, the g of the BatchNorm that reads this
     convolution's output: its backward pass is finished here, dy = residual_grad(None, grad,
-    output, output_affine, output_sums). Without affine, g = dgrad(dy, weight) + addend. Without
-    affine or with_sums the second result is empty, (2, 0).
+    output, output_affine, output_sums). Without affine, g = dgrad(dy, weight) + addend. frozen,
+    residual and with_sums as in bn_relu_backward; without affine there are no sums either.
     """
     dy = _output_grad(grad, output, output_affine, output_sums)
     top, bottom, left, right = padding
@@ -147,7 +161,7 @@ def preact_conv_dgrad(
         dh = dh + addend
     if affine is None:
         return _channels_last(dh), _no_channels(input)
-    return bn_relu_backward(dh, input, affine, activation, with_sums)
+    return bn_relu_backward(dh, input, affine, activation, with_sums, frozen, residual)
 
 
 def preact_conv_wgrad(
@@ -202,32 +216,46 @@ def preact_conv_backward(
     activation: str,
     with_sums: bool,
     allow_tf32: bool = False,
+    frozen: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g and its sums as preact_conv_dgrad has them, and dW as preact_conv_wgrad, bit for bit.
 
     For a backend that loads once what both of them read.
     """
-    dy = grad, output, output_affine, output_sums
-    conv: list[Any] = [stride, padding, dilation, groups, activation]
-    dw = preact_conv_wgrad(*dy, input, affine, list(weight.shape[2:]), *conv, allow_tf32)
-    g, sums = preact_conv_dgrad(*dy, weight, input, affine, addend, *conv, with_sums, allow_tf32)
+    conv = stride, padding, dilation, groups, activation
+    size = list(weight.shape[2:])
+    dy = _output_grad(grad, output, output_affine, output_sums)
+    dw = preact_conv_wgrad(dy, None, None, None, input, affine, size, *conv, allow_tf32)
+    g, sums = preact_conv_dgrad(
+        dy,
+        None,
+        None,
+        None,
+        weight,
+        input,
+        affine,
+        addend,
+        *conv,
+        with_sums=with_sums,
+        frozen=frozen,
+        residual=residual,
+    )
     return g, sums, dw
 
 
 def residual_grad(
-    grad: Tensor | None, g: Tensor, input: Tensor, affine: Tensor, sums: Tensor | None
+    grad: Tensor | None, g: Tensor, input: Tensor, affine: Tensor, sums: Tensor
 ) -> Tensor:
     """du = grad + scale * g + B * (u - mean) + C, the end of BatchNorm's backward pass.
 
-    B = -scale * rstd * S2 / M and C = -scale * S1 / M; both zero without sums, that is with
-    frozen statistics. Without grad the first term is missing.
+    B = -scale * rstd * S2 / M and C = -scale * S1 / M. Without grad the first term is missing.
     """
     acc = accumulator(input.dtype)
     mean, rstd, scale, _ = (_per_channel(row) for row in affine)
     du = scale * g.to(acc)
-    if sums is not None:
-        s1, s2 = (_per_channel(row) for row in sums / (input.numel() // input.shape[1]))
-        du = du - scale * rstd * s2 * (input.to(acc) - mean) - scale * s1
+    s1, s2 = (_per_channel(row) for row in sums / (input.numel() // input.shape[1]))
+    du = du - scale * rstd * s2 * (input.to(acc) - mean) - scale * s1
     if grad is not None:
         du = du + grad
     return _channels_last(du.to(input.dtype))
@@ -243,7 +271,7 @@ def _output_grad(
 ) -> Tensor:
     if output is None:
         return grad
-    assert affine is not None
+    assert affine is not None and sums is not None
     return residual_grad(None, grad, output, affine, sums)
 
 

@@ -1,5 +1,6 @@
-// bn_relu_backward: g = dh * act'(z),  S1 = sum g,  S2 = sum g * (u - mean) * rstd.
-// Reads dh and u, writes g. residual_grad finishes du from g, S1 and S2.
+// bn_relu_backward: g = dh * act'(z),  S1 = sum g,  S2 = sum g * (u - mean) * rstd; or with frozen
+//   statistics du = residual + scale * g.
+// Reads dh, u and residual, writes g or du. residual_grad finishes du from g, S1 and S2.
 #include "pixels.h"
 #include "statistics.h"
 
@@ -7,7 +8,7 @@ namespace preact {
 
 void bn_relu_backward(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
                       Activation activation, const void* grad, const void* input,
-                      const void* affine, void* g, void* sums) {
+                      const void* affine, bool frozen, const void* residual, void* g, void* sums) {
   dispatch(dtype, [&]<typename S>(S) {
     using A = Accumulator<S>;
     const PixelBlocks blocks(shape, sizeof(S));
@@ -20,9 +21,16 @@ void bn_relu_backward(const Runtime& runtime, Dtype dtype, const ImageShape& sha
       if (sums) std::fill_n(tile_sums, 2 * channels, A(0));
       output_grad_rows(static_cast<const S*>(grad) + offset, static_cast<const S*>(nullptr), count,
                        channels, static_cast<const A*>(nullptr), dh);
-      slope_rows(dh, static_cast<const S*>(nullptr), static_cast<const S*>(input) + offset, count,
-                 channels, static_cast<const A*>(affine), activation, static_cast<S*>(g) + offset,
-                 tile_sums, sums ? tile_sums + channels : nullptr);
+      const S* const u = static_cast<const S*>(input) + offset;
+      const A* const a = static_cast<const A*>(affine);
+      A* const s2 = sums ? tile_sums + channels : nullptr;
+      S* const out = static_cast<S*>(g) + offset;
+      if (frozen)
+        frozen_slope_rows(dh, residual ? static_cast<const S*>(residual) + offset : nullptr, u,
+                          count, channels, a, activation, out, tile_sums, s2);
+      else
+        slope_rows(dh, static_cast<const S*>(nullptr), u, count, channels, a, activation, out,
+                   tile_sums, s2);
       if (sums) partial.add(part, tile_sums);
     });
     if (sums) partial.finish(static_cast<const A*>(affine) + channels, static_cast<A*>(sums));

@@ -190,21 +190,21 @@ class OutputGradient {
   OutputGradient(const OutputGrad& grad, const ImageShape& shape)
       : channels_(shape.channels), g_(static_cast<const S*>(grad.grad)) {
     if (!grad.output) return;
-    if (grad.sums) output_ = static_cast<const S*>(grad.output);
+    output_ = static_cast<const S*>(grad.output);
     coefficients_.resize(4 * channels_);
     grad_coefficients(static_cast<const A*>(grad.affine), static_cast<const A*>(grad.sums),
                       channels_, shape.pixels(), coefficients_.data());
   }
 
   // dy where it lies, or null if something is still to be done to it.
-  const S* plain() const { return coefficients_.empty() ? g_ : nullptr; }
+  const S* plain() const { return output_ ? nullptr : g_; }
 
   // Pixels [first, first + count) as they are multiplied.
   template <typename O>
   void load(int64_t first, int64_t count, O* dy) const {
     const int64_t offset = first * channels_;
     output_grad_rows(g_ + offset, output_ ? output_ + offset : nullptr, count, channels_,
-                     plain() ? nullptr : coefficients_.data(), dy);
+                     coefficients_.data(), dy);
   }
 
  private:

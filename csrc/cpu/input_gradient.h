@@ -1,4 +1,5 @@
-// g = (dgrad(dy, W) + addend) * act'(z) and its sums, a band of input rows at a time.
+// g = (dgrad(dy, W) + addend) * act'(z) and its sums, or residual + scale * g, a band of input rows
+// at a time.
 //
 // The pixels of u that have the same place in the stride's grid (its phase) are reached by the same
 // taps, so that for each phase dgrad is a small convolution of stride 1 over dy.
@@ -100,11 +101,16 @@ class InputGradient {
         const int64_t offset = ((image * height_ + row) * width_ + run * pixels) * c_;
         const S* const addend = op_.addend ? static_cast<const S*>(op_.addend) + offset : nullptr;
         S* const g = static_cast<S*>(op_.g) + offset;
-        if (affine)
-          slope_rows(dh, addend, static_cast<const S*>(op_.input) + offset, pixels, c_, affine,
-                     op_.activation, g, tile_sums, op_.sums ? tile_sums + c_ : nullptr);
+        const S* const u = static_cast<const S*>(op_.input) + offset;
+        A* const s2 = op_.sums ? tile_sums + c_ : nullptr;
+        if (!affine || (op_.frozen && addend)) store_rows(dh, addend, pixels, c_, g, nullptr);
+        if (!affine) continue;
+        if (op_.frozen)
+          frozen_slope_rows(dh,
+                            op_.residual ? static_cast<const S*>(op_.residual) + offset : nullptr,
+                            u, pixels, c_, affine, op_.activation, g, tile_sums, s2);
         else
-          store_rows(dh, addend, pixels, c_, g, nullptr);
+          slope_rows(dh, addend, u, pixels, c_, affine, op_.activation, g, tile_sums, s2);
       }
       if (op_.sums) partial_.add(part, tile_sums);
     }

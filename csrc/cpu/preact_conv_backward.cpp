@@ -1,6 +1,6 @@
 // preact_conv_backward: g and its sums as preact_conv_dgrad has them, dW as preact_conv_wgrad, bit
 //   for bit.
-// Reads g', u' [M', K] and u, addend [M, C]; writes g [M, C] and dW; FLOPs 4*M'*K*C*R*S.
+// Reads g', u' [M', K] and u, addend, residual [M, C]; writes g [M, C] and dW; FLOPs 4*M'*K*C*R*S.
 //
 // Where the convolution keeps the size, both gradients go over the same bands: dy is loaded once,
 // and u is still in cache when g is computed.

@@ -1,6 +1,7 @@
 // preact_conv_dgrad: g = (dgrad(dy, W) + addend) * act'(z),  S1 = sum g,
 //   S2 = sum g * (u - mean) * rstd;  dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
-// Reads g', u' [M', K] and u, addend [M, C]; writes g [M, C]; FLOPs 2*M'*K*C*R*S.
+//   With frozen statistics g becomes residual + scale * g.
+// Reads g', u' [M', K] and u, addend, residual [M, C]; writes g [M, C]; FLOPs 2*M'*K*C*R*S.
 #include "input_gradient.h"
 
 namespace preact {

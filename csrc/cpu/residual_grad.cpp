@@ -1,5 +1,5 @@
 // residual_grad: du = grad + scale * g + B * (u - mean) + C, the end of BatchNorm's backward pass.
-//   B = -scale * rstd * S2 / M, C = -scale * S1 / M; both zero with frozen statistics.
+//   B = -scale * rstd * S2 / M, C = -scale * S1 / M.
 // Reads grad, g and u, writes du.
 #include "pixels.h"
 #include "rows.h"
@@ -19,9 +19,8 @@ void residual_grad(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
     blocks.parallel(runtime, [&](int64_t, int64_t first, int64_t count) {
       const int64_t offset = first * channels;
       residual_grad_rows(grad ? static_cast<const S*>(grad) + offset : nullptr,
-                         static_cast<const S*>(g) + offset,
-                         sums ? static_cast<const S*>(input) + offset : nullptr, count, channels,
-                         coefficients.data(), static_cast<S*>(dinput) + offset);
+                         static_cast<const S*>(g) + offset, static_cast<const S*>(input) + offset,
+                         count, channels, coefficients.data(), static_cast<S*>(dinput) + offset);
     });
   });
 }

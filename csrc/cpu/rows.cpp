@@ -118,14 +118,6 @@ PREACT_INLINE void output_grad(const S* g, const S* output, int64_t rows, int64_
   }
 }
 
-template <typename S, typename A, typename O>
-PREACT_INLINE void scale(const S* g, int64_t rows, int64_t channels, const A* a, O* dy) {
-  for (int64_t row = 0; row < rows; ++row, g += channels, dy += channels) {
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) narrow(a[c] * widen(g[c]), dy[c]);
-  }
-}
-
 template <bool kAddend, bool kSum, typename S, typename A>
 PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t channels, S* out,
                          A* total) {
@@ -211,6 +203,44 @@ PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows,
     slope<Act, false, false>(dh, addend, u, rows, channels, affine, g, s1, s2);
 }
 
+template <typename Act, bool kResidual, bool kSums, typename S, typename A>
+PREACT_INLINE void frozen_slope(const A* dh, const S* residual, const S* u, int64_t rows,
+                                int64_t channels, const A* affine, S* du, A* s1, A* s2) {
+  const A *mean = affine, *scale = affine + 2 * channels, *shift = affine + 3 * channels;
+  in_groups(rows, [&]<int64_t kRows>(int64_t first) PREACT_INLINE_BODY {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      A sum1 = 0, sum2 = 0;
+#pragma GCC unroll 4
+      for (int64_t row = first; row < first + kRows; ++row) {
+        const int64_t i = row * channels + c;
+        const A x = widen(u[i]);
+        const A g = Act::gradient(dh[i], preactivation(x, mean[c], scale[c], shift[c]));
+        narrow(kResidual ? widen(residual[i]) + scale[c] * g : scale[c] * g, du[i]);
+        sum1 += g;
+        sum2 += g * (x - mean[c]);
+      }
+      if constexpr (kSums) {
+        s1[c] += sum1;
+        s2[c] += sum2;
+      }
+    }
+  });
+}
+
+template <typename Act, typename S, typename A>
+PREACT_INLINE void frozen_slope(const A* dh, const S* residual, const S* u, int64_t rows,
+                                int64_t channels, const A* affine, S* du, A* s1, A* s2) {
+  if (residual && s1)
+    frozen_slope<Act, true, true>(dh, residual, u, rows, channels, affine, du, s1, s2);
+  else if (residual)
+    frozen_slope<Act, true, false>(dh, residual, u, rows, channels, affine, du, s1, s2);
+  else if (s1)
+    frozen_slope<Act, false, true>(dh, residual, u, rows, channels, affine, du, s1, s2);
+  else
+    frozen_slope<Act, false, false>(dh, residual, u, rows, channels, affine, du, s1, s2);
+}
+
 template <typename S, typename A>
 PREACT_INLINE void sum(const S* x, int64_t rows, int64_t channels, A* total) {
   in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
@@ -257,17 +287,6 @@ PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t 
     }
     g += channels, u += channels, du += channels;
     if constexpr (kGrad) grad += channels;
-  }
-}
-
-template <typename S, typename A>
-PREACT_INLINE void frozen_grad(const S* grad, const S* g, int64_t rows, int64_t channels,
-                               const A* a, S* du) {
-  if (!grad) return scale(g, rows, channels, a, du);
-  for (int64_t row = 0; row < rows; ++row) {
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) narrow(a[c] * widen(g[c]) + widen(grad[c]), du[c]);
-    grad += channels, g += channels, du += channels;
   }
 }
 
@@ -370,8 +389,6 @@ PREACT_INLINE void pair(const bf16* in, int64_t rows, int64_t columns, bf16* out
       with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                                  \
         output_grad(g, output, rows, c, coefficients, dy);                                         \
       });                                                                                          \
-    else if (coefficients)                                                                         \
-      scale(g, rows, channels, coefficients + channels, dy);                                       \
     else                                                                                           \
       convert(g, rows * channels, dy);                                                             \
   }
@@ -397,6 +414,16 @@ PREACT_PROLOGUES(double, double, double)
     else                                                                                          \
       slope<Silu>(dh, addend, u, rows, channels, affine, g, s1, s2);                              \
   }                                                                                               \
+  PREACT_CLONES void frozen_slope_rows(const A* dh, const S* residual, const S* u, int64_t rows,  \
+                                       int64_t channels, const A* affine, Activation activation,  \
+                                       S* du, A* s1, A* s2) {                                     \
+    if (activation == Activation::kRelu)                                                          \
+      with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                                 \
+        frozen_slope<Relu>(dh, residual, u, rows, c, affine, du, s1, s2);                         \
+      });                                                                                         \
+    else                                                                                          \
+      frozen_slope<Silu>(dh, residual, u, rows, channels, affine, du, s1, s2);                    \
+  }                                                                                               \
   PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {             \
     with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY { sum(x, rows, c, total); });       \
   }                                                                                               \
@@ -407,9 +434,7 @@ PREACT_PROLOGUES(double, double, double)
   }                                                                                               \
   PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,      \
                                         int64_t channels, const A* coefficients, S* du) {         \
-    if (!u)                                                                                       \
-      frozen_grad(grad, g, rows, channels, coefficients + channels, du);                          \
-    else if (grad)                                                                                \
+    if (grad)                                                                                     \
       residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                          \
     else                                                                                          \
       residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                         \

@@ -13,11 +13,15 @@ namespace preact {
   /* g = rounded((dh + addend) * act'(z)), s1 += g, s2 += g * (u - mean); addend, s1 or null */  \
   void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,      \
                   const A* affine, Activation activation, S* g, A* s1, A* s2);                   \
+  /* du = rounded(residual + scale * g), sums of g as above; residual or s1 null */              \
+  void frozen_slope_rows(const A* dh, const S* residual, const S* u, int64_t rows,               \
+                         int64_t channels, const A* affine, Activation activation, S* du, A* s1, \
+                         A* s2);                                                                 \
   /* sum += x */                                                                                 \
   void sum_rows(const S* x, int64_t rows, int64_t channels, A* sum);                             \
   /* d1 += x - shift, d2 += (x - shift)^2 */                                                     \
   void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift, A* d1, A* d2); \
-  /* du = grad + a * g + b * (u - mean) + c; grad may be null, and u: then b and c are 0 */      \
+  /* du = grad + a * g + b * (u - mean) + c; grad may be null */                                 \
   void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows, int64_t channels, \
                           const A* coefficients, S* du);
 
@@ -27,13 +31,13 @@ PREACT_ROWS(double, double)
 #undef PREACT_ROWS
 
 // The same for each type O of the matrix products' operands.
-#define PREACT_PROLOGUES(S, A, O)                                                           \
-  /* h = act(scale * (u - mean) + shift), or h = u without affine [4, C] */                 \
-  void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,           \
-                     Activation activation, O* h);                                          \
-  /* dy = a * g + b * (output - mean) + c with coefficients [4, K] = mean, a, b, c; without \
-     output dy = a * g, without coefficients dy = g */                                      \
-  void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels,        \
+#define PREACT_PROLOGUES(S, A, O)                                                      \
+  /* h = act(scale * (u - mean) + shift), or h = u without affine [4, C] */            \
+  void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,      \
+                     Activation activation, O* h);                                     \
+  /* dy = a * g + b * (output - mean) + c with coefficients [4, K] = mean, a, b, c, or \
+     dy = g without output */                                                          \
+  void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels,   \
                         const A* coefficients, O* dy);
 
 PREACT_PROLOGUES(float, float, float)
@@ -60,8 +64,8 @@ void grad_coefficients(const A* affine, const A* sums, int64_t channels, int64_t
     const A rstd = affine[channels + c], scale = affine[2 * channels + c];
     out[c] = affine[c];
     out[channels + c] = scale;
-    out[2 * channels + c] = sums ? -scale * rstd * (sums[channels + c] / values) : A(0);
-    out[3 * channels + c] = sums ? -scale * (sums[c] / values) : A(0);
+    out[2 * channels + c] = -scale * rstd * (sums[channels + c] / values);
+    out[3 * channels + c] = -scale * (sums[c] / values);
   }
 }
 

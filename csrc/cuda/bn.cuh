@@ -62,8 +62,18 @@ struct Affine {
   PREACT_DEVICE float z(int j, float u) const { return normalise(u, mean[j], scale[j], shift[j]); }
 };
 
+// The end of BatchNorm's backward pass with frozen statistics: g becomes residual + scale * g.
+template <typename T>
+PREACT_DEVICE void end_frozen(const T* residual,  // [M, C] or null
+                              int64_t offset, int valid, bool vectors, const Affine& bn, Piece& g) {
+  Piece joins{};
+  if (residual) load_piece(residual + offset, valid, vectors, joins);
+#pragma unroll
+  for (int j = 0; j < kPiece; ++j) g[j] = fmaf(bn.scale[j], g[j], joins[j]);
+}
+
 // The end of BatchNorm's backward pass: du = scale * g + slope * (u - mean) + offset,
-// slope = -scale * rstd * S2 / M, offset = -scale * S1 / M; both 0 with frozen statistics.
+// slope = -scale * rstd * S2 / M, offset = -scale * S1 / M.
 struct BnGrad {
   Piece mean, scale, slope, offset;
 
@@ -74,12 +84,10 @@ struct BnGrad {
     const int64_t row = channels.count;
     load_piece(affine + first, valid, vectors, mean);
     load_piece(affine + 2 * row + first, valid, vectors, scale);
-    Piece rstd{}, s1{}, s2{};
-    if (sums) {
-      load_piece(affine + row + first, valid, vectors, rstd);
-      load_piece(sums + first, valid, vectors, s1);
-      load_piece(sums + row + first, valid, vectors, s2);
-    }
+    Piece rstd, s1, s2;
+    load_piece(affine + row + first, valid, vectors, rstd);
+    load_piece(sums + first, valid, vectors, s1);
+    load_piece(sums + row + first, valid, vectors, s2);
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) {
       const float share = -scale[j] * inverse_count;

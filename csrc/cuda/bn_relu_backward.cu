@@ -1,5 +1,6 @@
-// bn_relu_backward: g = dh * act'(z),  S1 = sum g,  S2 = sum g * (u - mean) * rstd.
-// Reads dh, u, writes g [M, C], 6*M*C bytes in 16 bits; bound by memory.
+// bn_relu_backward: g = dh * act'(z),  S1 = sum g,  S2 = sum g * (u - mean) * rstd; or with frozen
+//   statistics du = residual + scale * g.
+// Reads dh, u (and residual), writes g [M, C], 6 (8) * M*C bytes in 16 bits; bound by memory.
 #include "bn.cuh"
 #include "pointwise.cuh"
 
@@ -14,8 +15,10 @@ __global__ __launch_bounds__(kPointwiseThreads,
                                                              const T* dh,          // [M, C]
                                                              const T* u,           // [M, C]
                                                              const float* affine,  // [4, C]
-                                                             T* g,                 // [M, C]
-                                                             float* sums) {        // [2, C] or null
+                                                             bool frozen,
+                                                             const T* residual,  // [M, C] or null
+                                                             T* g,               // [M, C]
+                                                             float* sums) {      // [2, C] or null
   const PointwiseThread me(p);
   const Affine bn(affine, p.channels, me.channel);
   PieceSums mine;
@@ -25,6 +28,11 @@ __global__ __launch_bounds__(kPointwiseThreads,
     load_piece(u + offset, me.valid, p.channels.vectors, x);
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) v[j] *= slope<kActivation>(bn.z(j, x[j]));
+    if (frozen) {
+      mine.add(v, x, bn.mean);
+      end_frozen(residual, offset, me.valid, p.channels.vectors, bn, v);
+      return store_piece(g + offset, me.valid, p.channels.vectors, v);
+    }
     store_piece(g + offset, me.valid, p.channels.vectors, v);
     round_piece<T>(v);
     mine.add(v, x, bn.mean);
@@ -43,16 +51,17 @@ __global__ __launch_bounds__(kPointwiseThreads,
 
 void bn_relu_backward(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,
                       Activation activation, const void* grad, const void* input,
-                      const void* affine, void* g, void* sums) {
+                      const void* affine, bool frozen, const void* residual, void* g, void* sums) {
   using namespace cuda;
-  const Pointwise p(shape, runtime, {grad, input, affine, g});
+  const Pointwise p(shape, runtime, {grad, input, affine, residual, g});
   ReductionMemory memory;
   if (sums) memory = {runtime, Sums::kValues, p.grid.x, shape.channels, p.grid.y};
   dispatch(dtype, activation, [&]<typename T, Activation kActivation>() {
     launch("bn_relu_backward", bn_relu_backward_kernel<T, kActivation>, p.grid, kPointwiseThreads,
            p.shared_bytes(Sums::kValues), runtime.device, runtime.stream, p, memory,
            static_cast<const T*>(grad), static_cast<const T*>(input),
-           static_cast<const float*>(affine), static_cast<T*>(g), static_cast<float*>(sums));
+           static_cast<const float*>(affine), frozen, static_cast<const T*>(residual),
+           static_cast<T*>(g), static_cast<float*>(sums));
   });
 }
 

@@ -1,7 +1,9 @@
 // preact_conv_dgrad: g = (dgrad(dy, W) + addend) * act'(z),  S1 = sum g,
 //   S2 = sum g * (u - mean) * rstd;  dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
+//   With frozen statistics g becomes residual + scale * g.
 // Reads g', u' [M', K] once for each 64 or 128 input channels (from the cache after the first) with
-// the halo of its patches, u, addend [M, C], the weights; writes g [M, C]. FLOPs 2*M'*K*C*R*S.
+// the halo of its patches, u, addend, residual [M, C], the weights; writes g [M, C]. FLOPs
+// 2*M'*K*C*R*S.
 //
 // The pixels of u with the same place in the stride's grid (its phase) are reached by the same
 // taps: each phase, blockIdx.z, is a convolution of stride 1 over dy.
@@ -17,7 +19,9 @@ struct DgradEpilogue {
   const T* addend;      // [M, C] or null
   const T* input;       // u [M, C]
   const float* affine;  // [4, C] or null: g = dh + addend
-  T* g;                 // [M, C]
+  bool frozen;
+  const T* residual;  // [M, C] or null
+  T* g;               // [M, C]
 
   struct Thread {
     const DgradEpilogue& e;
@@ -43,6 +47,11 @@ struct DgradEpilogue {
       load_piece(e.input + offset, valid, vectors, u);
 #pragma unroll
       for (int j = 0; j < kPiece; ++j) v[j] *= slope<kActivation>(bn.z(j, u[j]));
+      if (e.frozen) {
+        reduced.add(v, u, bn.mean);
+        end_frozen(e.residual, offset, valid, vectors, bn, v);
+        return store_piece(e.g + offset, valid, vectors, v);
+      }
       store_piece(e.g + offset, valid, vectors, v);
       round_piece<T>(v);
       reduced.add(v, u, bn.mean);
@@ -107,8 +116,12 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
       ReductionMemory memory;
       if (op.sums) memory = {runtime, Sums::kValues, parts, c, groups};
       const DgradEpilogue<T, kActivation> epilogue{
-          channels_of(c, {op.addend, op.input, op.affine, op.g}), static_cast<const T*>(op.addend),
-          static_cast<const T*>(op.input), static_cast<const float*>(op.affine),
+          channels_of(c, {op.addend, op.input, op.affine, op.residual, op.g}),
+          static_cast<const T*>(op.addend),
+          static_cast<const T*>(op.input),
+          static_cast<const float*>(op.affine),
+          op.frozen,
+          static_cast<const T*>(op.residual),
           static_cast<T*>(op.g)};
       launch("preact_conv_dgrad", kernel, grid, ConvTile<kAcross>::kThreads, tiling.shared.total,
              runtime.device, runtime.stream, tiling, s, source, op.weight, epilogue, memory,

@@ -15,7 +15,7 @@ __global__ __launch_bounds__(kPointwiseThreads,
                                                           const T* g,           // [M, C]
                                                           const T* u,           // [M, C]
                                                           const float* affine,  // [4, C]
-                                                          const float* sums,    // [2, C] or null
+                                                          const float* sums,    // [2, C]
                                                           T* du) {              // [M, C]
   const PointwiseThread me(p);
   const BnGrad bn(affine, sums, 1.f / static_cast<float>(p.pixels), p.channels, me.channel);

@@ -185,7 +185,8 @@ struct OutputGradTensors {
         sums(optional(vectors, "output_sums", output_sums, input, int64_t{2}, shape.channels)) {
     check(output.has_value() == output_affine.has_value(),
           "output_affine: expected a tensor where output is given, and only there");
-    check(output.has_value() || !output_sums, "output_sums: expected None without output");
+    check(output.has_value() == output_sums.has_value(),
+          "output_sums: expected a tensor where output is given, and only there");
   }
 
   OutputGrad get() const { return {data(grad), data(output), data(affine), data(sums)}; }

@@ -96,18 +96,21 @@ struct Operators {
 
   static std::tuple<Tensor, Tensor> bn_relu_backward(const Tensor& grad, const Tensor& input,
                                                      const Tensor& affine,
-                                                     std::string activation_name, bool with_sums) {
+                                                     std::string activation_name, bool with_sums,
+                                                     bool frozen, const OptionalTensor& residual) {
     const Dtype dtype = dtype_of<Device>(input);
     const ImageShape shape = image_shape(input);
     const Activation act = activation_of(activation_name);
     const Tensor u = activation("input", input, input, shape);
     const Tensor dh = activation("grad", grad, input, shape);
     const Tensor a = vectors("affine", affine, input, 4, shape.channels);
+    check(frozen || !residual, "residual: expected None without frozen");
+    const OptionalTensor joins = optional(activation, "residual", residual, input, shape);
     const Tensor g = new_activation(input, shape);
     const Tensor sums = new_vectors(input, 2, with_sums ? shape.channels : 0);
     Device device(input);
     preact::bn_relu_backward(device.runtime(), dtype, shape, act, data(dh), data(u), data(a),
-                             mutable_data(g), mutable_data(sums));
+                             frozen, data(joins), mutable_data(g), mutable_data(sums));
     return {g, sums};
   }
 
@@ -153,8 +156,8 @@ struct Operators {
       const Tensor& grad, const OptionalTensor& output, const OptionalTensor& output_affine,
       const OptionalTensor& output_sums, const Tensor& weight, const Tensor& input,
       const OptionalTensor& affine, const OptionalTensor& addend, Sizes stride, Sizes padding,
-      Sizes dilation, int64_t groups, std::string activation_name, bool with_sums,
-      bool allow_tf32) {
+      Sizes dilation, int64_t groups, std::string activation_name, bool with_sums, bool allow_tf32,
+      bool frozen, const OptionalTensor& residual) {
     const Dtype dtype = dtype_of<Device>(input);
     const int64_t channels = image_shape(input).channels;
     const Weight w = weight_of(weight, input, channels);
@@ -165,12 +168,15 @@ struct Operators {
     const Tensor u = activation("input", input, input, shape.input);
     const OptionalTensor a = optional(vectors, "affine", affine, input, int64_t{4}, channels);
     const OptionalTensor added = optional(activation, "addend", addend, input, shape.input);
+    check(affine || !frozen, "affine: expected a tensor where it is frozen, got None");
+    check(frozen || !residual, "residual: expected None without frozen");
+    const OptionalTensor joins = optional(activation, "residual", residual, input, shape.input);
     const Tensor g = new_activation(input, shape.input);
     const Tensor sums = new_vectors(input, 2, affine && with_sums ? channels : 0);
     Device device(input);
-    preact::preact_conv_dgrad(device.runtime(),
-                              {dtype, shape, act, dy.get(), w, data(u), data(a), data(added),
-                               mutable_data(g), mutable_data(sums), allow_tf32});
+    preact::preact_conv_dgrad(
+        device.runtime(), {dtype, shape, act, dy.get(), w, data(u), data(a), data(added),
+                           mutable_data(g), mutable_data(sums), allow_tf32, frozen, data(joins)});
     return {g, sums};
   }
 
@@ -201,8 +207,8 @@ struct Operators {
       const Tensor& grad, const OptionalTensor& output, const OptionalTensor& output_affine,
       const OptionalTensor& output_sums, const Tensor& weight, const Tensor& input,
       const OptionalTensor& affine, const OptionalTensor& addend, Sizes stride, Sizes padding,
-      Sizes dilation, int64_t groups, std::string activation_name, bool with_sums,
-      bool allow_tf32) {
+      Sizes dilation, int64_t groups, std::string activation_name, bool with_sums, bool allow_tf32,
+      bool frozen, const OptionalTensor& residual) {
     const Dtype dtype = dtype_of<Device>(input);
     const int64_t channels = image_shape(input).channels;
     const Weight w = weight_of(weight, input, channels);
@@ -213,6 +219,9 @@ struct Operators {
     const Tensor u = activation("input", input, input, shape.input);
     const OptionalTensor a = optional(vectors, "affine", affine, input, int64_t{4}, channels);
     const OptionalTensor added = optional(activation, "addend", addend, input, shape.input);
+    check(affine || !frozen, "affine: expected a tensor where it is frozen, got None");
+    check(frozen || !residual, "residual: expected None without frozen");
+    const OptionalTensor joins = optional(activation, "residual", residual, input, shape.input);
     const Tensor g = new_activation(input, shape.input);
     const Tensor sums = new_vectors(input, 2, affine && with_sums ? channels : 0);
     const Tensor dweight = new_weight_grad(input, sizes_of(weight));
@@ -220,20 +229,20 @@ struct Operators {
     preact::preact_conv_backward(
         device.runtime(),
         {dtype, shape, act, dy.get(), w, data(u), data(a), data(added), mutable_data(g),
-         mutable_data(sums), allow_tf32},
+         mutable_data(sums), allow_tf32, frozen, data(joins)},
         {dtype, shape, act, dy.get(), data(u), data(a), mutable_data(dweight), allow_tf32});
     return {g, sums, dweight};
   }
 
   static Tensor residual_grad(const OptionalTensor& grad, const Tensor& g, const Tensor& input,
-                              const Tensor& affine, const OptionalTensor& sums) {
+                              const Tensor& affine, const Tensor& sums) {
     const Dtype dtype = dtype_of<Device>(input);
     const ImageShape shape = image_shape(input);
     const OptionalTensor dy = optional(activation, "grad", grad, input, shape);
     const Tensor g_ = activation("g", g, input, shape),
                  u = activation("input", input, input, shape);
     const Tensor a = vectors("affine", affine, input, 4, shape.channels);
-    const OptionalTensor s = optional(vectors, "sums", sums, input, int64_t{2}, shape.channels);
+    const Tensor s = vectors("sums", sums, input, 2, shape.channels);
     const Tensor dinput = new_activation(input, shape);
     Device device(input);
     preact::residual_grad(device.runtime(), dtype, shape, data(dy), data(g_), data(u), data(a),
@@ -252,8 +261,8 @@ void define_operators(Library& m) {
       "float[] momentum, SymInt[] counts) -> ()");
   m.def("bn_relu_forward(Tensor input, Tensor affine, str activation) -> Tensor");
   m.def(
-      "bn_relu_backward(Tensor grad, Tensor input, Tensor affine, str activation, bool with_sums) "
-      "-> (Tensor, Tensor)");
+      "bn_relu_backward(Tensor grad, Tensor input, Tensor affine, str activation, bool with_sums, "
+      "bool frozen=False, Tensor? residual=None) -> (Tensor, Tensor)");
   m.def(
       "preact_conv_forward(Tensor input, Tensor? affine, Tensor weight, Tensor? residual, "
       "int[] stride, int[] padding, int[] dilation, int groups, str activation, bool with_stats, "
@@ -263,7 +272,7 @@ void define_operators(Library& m) {
       "preact_conv_dgrad(Tensor grad, Tensor? output, Tensor? output_affine, Tensor? output_sums, "
       "Tensor weight, Tensor input, Tensor? affine, Tensor? addend, int[] stride, int[] padding, "
       "int[] dilation, int groups, str activation, bool with_sums, "
-      "bool allow_tf32=False) -> (Tensor, Tensor)");
+      "bool allow_tf32=False, bool frozen=False, Tensor? residual=None) -> (Tensor, Tensor)");
   m.def(
       "preact_conv_wgrad(Tensor grad, Tensor? output, Tensor? output_affine, Tensor? output_sums, "
       "Tensor input, Tensor? affine, int[] kernel_size, int[] stride, int[] padding, "
@@ -272,9 +281,10 @@ void define_operators(Library& m) {
       "preact_conv_backward(Tensor grad, Tensor? output, Tensor? output_affine, "
       "Tensor? output_sums, Tensor weight, Tensor input, Tensor? affine, Tensor? addend, "
       "int[] stride, int[] padding, int[] dilation, int groups, str activation, bool with_sums, "
-      "bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
+      "bool allow_tf32=False, bool frozen=False, Tensor? residual=None) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "residual_grad(Tensor? grad, Tensor g, Tensor input, Tensor affine, Tensor? sums) -> Tensor");
+      "residual_grad(Tensor? grad, Tensor g, Tensor input, Tensor affine, Tensor sums) -> Tensor");
 }
 
 // Into an m of STABLE_TORCH_LIBRARY_IMPL.

@@ -1,6 +1,7 @@
 """bn_relu_backward: g = dh * act'(z),  S1 = sum g,  S2 = sum g * (u - mean) * rstd.
 
-Reads dh and u [M, C], writes g [M, C]; 8 * M * C FLOPs. residual_grad finishes du from them.
+With frozen statistics du = residual + scale * g instead of g, and nothing is left to do.
+Reads dh, u and residual [M, C], writes g [M, C]; 8 * M * C FLOPs. Else residual_grad finishes du.
 """
 
 import triton
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .launch import activations, cdiv, launch, nhwc, operator, row_tiles, vectors
 from .reduce import add_up
-from .tile import cast, normalise, slope, store_sums, tile_of
+from .tile import cast, frozen_grad, normalise, slope, store_sums, tile_of
 
 
 @triton.jit
@@ -17,10 +18,12 @@ def bn_relu_backward_kernel(
     grad,  # dh [M, C]
     input,  # u [M, C]
     affine,  # [4, C]
+    residual,  # [M, C], or None
     g,  # [M, C]
     sums,  # [tiles, 2, C], or None
     M,
     C,
+    FROZEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -30,15 +33,25 @@ def bn_relu_backward_kernel(
     offsets = m[:, None] * C + c[None, :]
     dh = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(input + offsets, mask=mask, other=0.0)
-    result = cast(dh * slope(normalise(u, affine, c, C), ACTIVATION), u.dtype)
-    tl.store(g + offsets, result, mask=mask)
+    result = dh * slope(normalise(u, affine, c, C), ACTIVATION)
+    if not FROZEN:
+        result = cast(result, u.dtype).to(tl.float32)
     if sums is not None:
-        store_sums(result.to(tl.float32), u, affine, sums, tile, c, C)
+        store_sums(result, u, affine, sums, tile, c, C)
+    if FROZEN:
+        result = frozen_grad(result, residual, affine, offsets, mask, c, C)
+    tl.store(g + offsets, cast(result, u.dtype), mask=mask)
 
 
 @operator
 def bn_relu_backward(
-    grad: Tensor, input: Tensor, affine: Tensor, activation: str, with_sums: bool
+    grad: Tensor,
+    input: Tensor,
+    affine: Tensor,
+    activation: str,
+    with_sums: bool,
+    frozen: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grad, input = nhwc(grad), nhwc(input)
     g = activations(input, input.shape)
@@ -51,10 +64,12 @@ def bn_relu_backward(
         grad,
         input,
         affine,
+        None if residual is None else nhwc(residual),
         g,
         sums,
         input.numel() // channels,
         channels,
+        FROZEN=frozen,
         ACTIVATION=activation,
         **options,
     )

@@ -24,9 +24,13 @@ def preact_conv_backward(
     activation: str,
     with_sums: bool,
     allow_tf32: bool = False,
+    frozen: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy = grad, output, output_affine, output_sums
     conv = stride, padding, dilation, groups, activation
     dw = preact_conv_wgrad(*dy, input, affine, list(weight.shape[2:]), *conv, allow_tf32)
-    g, sums = preact_conv_dgrad(*dy, weight, input, affine, addend, *conv, with_sums, allow_tf32)
+    g, sums = preact_conv_dgrad(
+        *dy, weight, input, affine, addend, *conv, with_sums, allow_tf32, frozen, residual
+    )
     return g, sums, dw

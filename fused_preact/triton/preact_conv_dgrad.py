@@ -3,7 +3,8 @@
     S1 = sum g, S2 = sum g * (u - mean) * rstd
     dy = scale' * g' + B' * (u' - mean') + C', BatchNorm's backward pass of the layer above
 
-Reads g', u' [M', K], W, u [M, C] and addend, writes g [M, C]; 2 * M' * K * C * R * S FLOPs.
+With frozen statistics du = residual + scale * g instead of g, and nothing is left to do.
+Reads g', u' [M', K], W, u [M, C], addend and residual, writes g; 2 * M' * K * C * R * S FLOPs.
 
 A program makes BLOCK_M pixels by BLOCK_N channels of g. With a stride, the pixels of one program
 are of one phase, (y + TOP) mod DOWN and (x + LEFT) mod ACROSS: the same kernel taps reach all of
@@ -19,7 +20,7 @@ from . import config
 from .conv import shape_of
 from .launch import activations, cdiv, dot_precision, launch, nhwc, operator, vectors
 from .reduce import add_up
-from .tile import batch_norm_grad, cast, dot, normalise, pixels, slope, store_sums
+from .tile import batch_norm_grad, cast, dot, frozen_grad, normalise, pixels, slope, store_sums
 
 
 @triton.jit
@@ -32,6 +33,7 @@ def preact_conv_dgrad_kernel(
     input,  # u [N, H, W, C]
     affine,  # [4, C], or None where g = dgrad + addend
     addend,  # [N, H, W, C], or None
+    residual,  # [N, H, W, C], or None
     g,  # [N, H, W, C]
     sums,  # [phases * tiles, 2, C], or None
     N,
@@ -49,6 +51,7 @@ def preact_conv_dgrad_kernel(
     ACROSS: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
+    FROZEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,10 +102,14 @@ def preact_conv_dgrad_kernel(
         tl.store(g + offsets, cast(acc, g.dtype.element_ty), mask=mask)
     else:
         u = tl.load(input + offsets, mask=mask, other=0.0)
-        result = cast(acc * slope(normalise(u, affine, c, C), ACTIVATION), u.dtype)
-        tl.store(g + offsets, result, mask=mask)
+        result = acc * slope(normalise(u, affine, c, C), ACTIVATION)
+        if not FROZEN:
+            result = cast(result, u.dtype).to(tl.float32)
         if sums is not None:
-            store_sums(result.to(tl.float32), u, affine, sums, phase * tiles + tile, c, C)
+            store_sums(result, u, affine, sums, phase * tiles + tile, c, C)
+        if FROZEN:
+            result = frozen_grad(result, residual, affine, offsets, mask, c, C)
+        tl.store(g + offsets, cast(result, u.dtype), mask=mask)
 
 
 @operator
@@ -122,6 +129,8 @@ def preact_conv_dgrad(
     activation: str,
     with_sums: bool,
     allow_tf32: bool = False,
+    frozen: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grad, weight, input = nhwc(grad), nhwc(weight), nhwc(input)
     channels = input.shape[1]
@@ -150,11 +159,13 @@ def preact_conv_dgrad(
         input,
         affine,
         None if addend is None else nhwc(addend),
+        None if residual is None else nhwc(residual),
         g,
         sums,
         *conv,
         conv.output_pixels,
         tiles,
+        FROZEN=frozen,
         ACTIVATION=activation,
         PRECISION=dot_precision(input.dtype, allow_tf32),
         **geometry,

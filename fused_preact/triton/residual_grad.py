@@ -1,6 +1,6 @@
 """residual_grad: du = grad + scale * g + B * (u - mean) + C, the end of BatchNorm's backward pass.
 
-    B = -scale * rstd * S2 / M, C = -scale * S1 / M; both zero without sums (frozen statistics).
+    B = -scale * rstd * S2 / M, C = -scale * S1 / M.
 
 Reads grad, g and u [M, C], writes du [M, C]; 6 * M * C FLOPs.
 """
@@ -19,7 +19,7 @@ def residual_grad_kernel(
     g,  # [M, C]
     input,  # u [M, C]
     affine,  # [4, C]
-    sums,  # [2, C], or None
+    sums,  # [2, C]
     dinput,  # du [M, C]
     M,
     C,
@@ -38,7 +38,7 @@ def residual_grad_kernel(
 
 @operator
 def residual_grad(
-    grad: Tensor | None, g: Tensor, input: Tensor, affine: Tensor, sums: Tensor | None
+    grad: Tensor | None, g: Tensor, input: Tensor, affine: Tensor, sums: Tensor
 ) -> Tensor:
     g, input = nhwc(g), nhwc(input)
     dinput = activations(input, input.shape)

@@ -80,17 +80,27 @@ def batch_norm_grad(g, u, affine, sums, c, C, M):
     """du = scale * g + B * (u - mean) + C, the end of BatchNorm's backward pass, in float32.
 
     affine  [4, C]
-    sums    [2, C], or None with frozen statistics: B = C = 0
+    sums    [2, C]
     """
     scale = tl.load(affine + 2 * C + c, mask=c < C, other=0.0)
+    mean = tl.load(affine + c, mask=c < C, other=0.0)
+    rstd = tl.load(affine + C + c, mask=c < C, other=0.0)
+    s1 = tl.load(sums + c, mask=c < C, other=0.0) / M
+    s2 = tl.load(sums + C + c, mask=c < C, other=0.0) / M
     du = scale[None, :] * g.to(tl.float32)
-    if sums is not None:
-        mean = tl.load(affine + c, mask=c < C, other=0.0)
-        rstd = tl.load(affine + C + c, mask=c < C, other=0.0)
-        s1 = tl.load(sums + c, mask=c < C, other=0.0) / M
-        s2 = tl.load(sums + C + c, mask=c < C, other=0.0) / M
-        du -= (scale * rstd * s2)[None, :] * (u.to(tl.float32) - mean[None, :])
-        du -= (scale * s1)[None, :]
+    du -= (scale * rstd * s2)[None, :] * (u.to(tl.float32) - mean[None, :])
+    return du - (scale * s1)[None, :]
+
+
+@triton.jit
+def frozen_grad(g, residual, affine, offsets, mask, c, C):
+    """du = residual + scale * g, the end of BatchNorm's backward pass with frozen statistics.
+
+    residual  at the tile's offsets, or None
+    """
+    du = tl.load(affine + 2 * C + c, mask=c < C, other=0.0)[None, :] * g
+    if residual is not None:
+        du += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
     return du
 
 

@@ -135,7 +135,7 @@ Doubles sums_of(const Doubles& g, const Doubles& u, const Bn& bn) {
   return out;
 }
 
-// The rest of BatchNorm's backward pass; frozen statistics have no sums.
+// The rest of BatchNorm's backward pass; frozen statistics take no sums.
 Doubles bn_grad(const Doubles& g, const Doubles& u, const Doubles* sums, const Bn& bn) {
   const double values = static_cast<double>(g.size()) / bn.channels;
   Doubles out(g.size());
@@ -252,21 +252,27 @@ void test_pointwise(const std::string& name, const ImageShape& shape, Activation
   auto g = poisoned<S>(size);
   auto sums = poisoned<A>(2 * channels);
   bn_relu_backward(in_order, kDtype<S>, shape, activation, grad.data(), layer.u.data(),
-                   layer.affine.data(), g.data(), sums.data());
+                   layer.affine.data(), false, nullptr, g.data(), sums.data());
   Doubles want_g = widen(grad);
   for (int64_t i = 0; i < size; ++i) want_g[i] *= layer.bn.slope(u[i], i);
   expect_near(name + " bn_relu_backward g", g, want_g, kTolerance<S>);
   expect_near(name + " bn_relu_backward sums", sums, sums_of(want_g, u, layer.bn), kTolerance<S>);
 
-  for (const bool frozen : {false, true}) {
-    auto dinput = poisoned<S>(size);
-    residual_grad(in_order, kDtype<S>, shape, grad.data(), g.data(), layer.u.data(),
-                  layer.affine.data(), frozen ? nullptr : sums.data(), dinput.data());
-    const Doubles read = widen(sums);
-    Doubles want_du = bn_grad(widen(g), u, frozen ? nullptr : &read, layer.bn);
-    for (int64_t i = 0; i < size; ++i) want_du[i] += widen(grad[i]);
-    expect_near(name + " residual_grad", dinput, want_du, kTolerance<S>);
-  }
+  auto dinput = poisoned<S>(size);
+  residual_grad(in_order, kDtype<S>, shape, grad.data(), g.data(), layer.u.data(),
+                layer.affine.data(), sums.data(), dinput.data());
+  const Doubles read = widen(sums);
+  Doubles want_du = bn_grad(widen(g), u, &read, layer.bn);
+  for (int64_t i = 0; i < size; ++i) want_du[i] += widen(grad[i]);
+  expect_near(name + " residual_grad", dinput, want_du, kTolerance<S>);
+
+  bn_relu_backward(in_order, kDtype<S>, shape, activation, grad.data(), layer.u.data(),
+                   layer.affine.data(), true, grad.data(), dinput.data(), sums.data());
+  want_du = bn_grad(want_g, u, nullptr, layer.bn);
+  for (int64_t i = 0; i < size; ++i) want_du[i] += widen(grad[i]);
+  expect_near(name + " bn_relu_backward frozen", dinput, want_du, kTolerance<S>);
+  expect_near(name + " bn_relu_backward frozen sums", sums, sums_of(want_g, u, layer.bn),
+              kTolerance<S>);
 }
 
 // deferred: the gradient arrives as the g of the next BatchNorm. plain: there is no BatchNorm
@@ -337,6 +343,19 @@ void test_conv(const std::string& name, const ConvShape& shape, Activation activ
   if (!plain) {
     expect_near(name + " dgrad sums", sums, sums_of(want_g, u, in.bn), kTolerance<S>);
     expect_equal(name + " dgrad sums", sums, sums_again);
+  }
+
+  if (!plain) {
+    PreactConvDgrad frozen = dgrad;
+    auto du = poisoned<S>(in_size);
+    frozen.g = du.data();
+    frozen.frozen = true;
+    frozen.residual = addend.data();
+    preact_conv_dgrad(in_order, frozen);
+    Doubles want_du = bn_grad(want_g, u, nullptr, in.bn);
+    for (int64_t i = 0; i < in_size; ++i) want_du[i] += widen(addend[i]);
+    expect_near(name + " dgrad frozen", du, want_du, kTolerance<S>);
+    expect_near(name + " dgrad frozen sums", sums_again, sums_of(want_g, u, in.bn), kTolerance<S>);
   }
 
   auto dw = poisoned<A>(k * c * r * s), dw_again = dw;

@@ -94,7 +94,7 @@ def run(
         "bn_affine": operators.bn_affine(stats, gamma, beta if whole else None, 1e-5),
         "bn_relu_forward": operators.bn_relu_forward(u, affine, activation),
         "residual_grad": operators.residual_grad(
-            addend if whole else None, dh, u, affine, vectors(2, c) if whole else None
+            addend if whole else None, dh, u, affine, vectors(2, c)
         ),
         "preact_conv_wgrad": operators.preact_conv_wgrad(
             *deferred, u, bn, shape.kernel, *geometry, activation, **tf32
@@ -102,6 +102,15 @@ def run(
     }
     pairs = {
         "bn_relu_backward": operators.bn_relu_backward(dh, u, affine, activation, whole),
+        "bn_relu_backward, frozen": operators.bn_relu_backward(
+            dh, u, affine, activation, whole, True, addend if whole else None
+        ),
+        "preact_conv_dgrad, frozen": operators.preact_conv_dgrad(
+            *(*deferred, weight, u, affine, None, *geometry, activation, whole),
+            **tf32,
+            frozen=True,
+            residual=addend if whole else None,
+        ),
         "preact_conv_forward": operators.preact_conv_forward(
             *(u, bn, weight, residual if whole else None),
             *(*geometry, activation, whole),

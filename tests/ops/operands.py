@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_preact import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-DEFERRED = ("no", "with sums", "frozen")
+DEFERRED = (False, True)
 
 ONE, X3, TWO, NONE, SAME = (1, 1), (3, 3), (2, 2), (0, 0, 0, 0), (1, 1, 1, 1)
 GEOMETRIES = {  # name: input shape, convolution (channels, kernel size, stride, padding)
@@ -55,7 +55,7 @@ def operands(
     shape: tuple[int, int, int, int],
     conv: tuple,
     *,
-    deferred: str = "no",
+    deferred: bool = False,
     mean: float = 0.0,
     seed: int = 0,
 ) -> Operands:
@@ -86,13 +86,9 @@ def operands(
         residual=case.residual,
         addend=channels_last(randn(*shape)),
         grad=channels_last(case.grad_output),
-        deferred=(None, None, None)
-        if deferred == "no"
-        else (
-            output,
-            affine_of(output, randn(channels), randn(channels)),
-            sums if deferred == "with sums" else None,
-        ),
+        deferred=(output, affine_of(output, randn(channels), randn(channels)), sums)
+        if deferred
+        else (None, None, None),
         geometry=layer.geometry,
     )
 

@@ -19,6 +19,18 @@ def test_rule(shape, with_sums, activation, dtype, operators):
     assert_operator_rule(operators, "bn_relu_backward", dtype, *args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("with_sums", [True, False])
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
+def test_frozen(shape, with_sums, with_residual, dtype, operators):
+    """The tolerance rule where du = residual + scale * g is finished at once."""
+    o = operands(dtype, shape, (shape[1], ONE, ONE, NONE))
+    residual = o.residual if with_residual else None
+    args = o.addend, o.input, o.affine, "relu", with_sums, True, residual
+    assert_operator_rule(operators, "bn_relu_backward", dtype, *args)
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_mean_far_from_zero(activation, operators):
     """At a mean of 1e4, S2 is as good as at 0: u is centred before it is multiplied."""

@@ -46,9 +46,11 @@ def test_bn_relu_forward(check):
 
 @pytest.mark.parametrize("with_sums", [True, False])
 def test_bn_relu_backward(with_sums, check):
-    """Likewise, with and without sums."""
+    """Likewise, with and without sums, and with frozen statistics."""
     o = _operands(check)
-    check("bn_relu_backward", o.addend, o.input, o.affine, "silu", with_sums)
+    args = o.addend, o.input, o.affine, "silu", with_sums
+    check("bn_relu_backward", *args)
+    check("bn_relu_backward", *args, True, o.addend if with_sums else None)
 
 
 @pytest.mark.parametrize("name", ["1x1", "3x3 padded (2, 0, 1, 3)"])
@@ -71,6 +73,8 @@ def test_preact_conv_dgrad(absent, deferred, check):
     affine, addend = (None, None) if absent else (o.affine, o.addend)
     rest = o.weight, o.input, affine, addend, *o.geometry, "relu", not absent
     check("preact_conv_dgrad", o.grad, *o.deferred, *rest)
+    if affine is not None:
+        check("preact_conv_dgrad", o.grad, *o.deferred, *rest, False, True, o.addend)
 
 
 @pytest.mark.parametrize("deferred", DEFERRED)
@@ -85,15 +89,17 @@ def test_preact_conv_wgrad(absent, deferred, check):
 @pytest.mark.parametrize("absent", [True, False])
 def test_preact_conv_backward(absent, check):
     """Likewise, with and without affine, addend, sums and a deferred gradient."""
-    o = _operands(check, "3x3", deferred="no" if absent else "with sums")
+    o = _operands(check, "3x3", deferred=not absent)
     affine, addend = (None, None) if absent else (o.affine, o.addend)
     rest = o.weight, o.input, affine, addend, *o.geometry, "relu", not absent
     check("preact_conv_backward", o.grad, *o.deferred, *rest)
+    if affine is not None:
+        check("preact_conv_backward", o.grad, *o.deferred, *rest, False, True, o.addend)
 
 
 @pytest.mark.parametrize("absent", [True, False])
 def test_residual_grad(absent, check):
-    """Likewise, with and without grad and sums."""
-    o = _operands(check, "3x3 of one channel", deferred="with sums")
-    grad, sums = (None, None) if absent else (o.residual, o.deferred[2])
-    check("residual_grad", grad, o.addend, o.input, o.affine, sums)
+    """Likewise, with and without grad."""
+    o = _operands(check, "3x3 of one channel", deferred=True)
+    grad = None if absent else o.residual
+    check("residual_grad", grad, o.addend, o.input, o.affine, o.deferred[2])

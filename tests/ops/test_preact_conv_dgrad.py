@@ -13,7 +13,7 @@ from operands import DEFERRED, DTYPES, GEOMETRIES, SAME, X3, operands
 def test_geometries(name, dtype, operators):
     """The tolerance rule; activation, addend and deferral change from one to the next."""
     i = list(GEOMETRIES).index(name)
-    o = operands(dtype, *GEOMETRIES[name], deferred=DEFERRED[i % 3])
+    o = operands(dtype, *GEOMETRIES[name], deferred=i % 3 > 0)
     addend = o.addend if i % 4 > 1 else None
     activation = "silu" if i % 2 else "relu"
     args = o.grad, *o.deferred, o.weight, o.input, o.affine, addend, *o.geometry, activation, True
@@ -32,6 +32,22 @@ def test_options(name, deferred, with_affine, with_addend, with_sums, dtype, ope
     affine = o.affine if with_affine else None
     addend = o.addend if with_addend else None
     args = o.grad, *o.deferred, o.weight, o.input, affine, addend, *o.geometry, "silu", with_sums
+    assert_operator_rule(operators, "preact_conv_dgrad", dtype, *args)
+
+
+FROZEN = list(itertools.product((True, False), (True, False), (True, False)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual,with_addend,with_sums", FROZEN)
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride 2"])
+def test_frozen(name, with_residual, with_addend, with_sums, dtype, operators):
+    """The tolerance rule where du = residual + scale * g is finished at once."""
+    o = operands(dtype, *GEOMETRIES[name], deferred=with_addend)
+    addend = o.addend if with_addend else None
+    residual = o.input * 2 if with_residual else None
+    rest = addend, *o.geometry, "relu", with_sums, False, True, residual
+    args = o.grad, *o.deferred, o.weight, o.input, o.affine, *rest
     assert_operator_rule(operators, "preact_conv_dgrad", dtype, *args)
 
 

@@ -1,10 +1,12 @@
 """PyTorch's setting for TF32 reaches the operators, once for forward and backward."""
 
+import inspect
+
 import pytest
 import torch
 from numerics import fused, make_case
 
-from fused_preact import ops
+from fused_preact import ops, reference
 
 X3 = [(8, (3, 3), (1, 1), (1, 1, 1, 1))]
 BOTTLENECK = {"convs": X3 * 2, "shortcut": "preact", "projection": (8, (1, 1), (1, 1), (0,) * 4)}
@@ -30,8 +32,8 @@ def received(monkeypatch):
         def __getattr__(self, name):
             def call(*args):
                 if name.startswith("preact_conv"):
-                    *_, allowed = (arg for arg in args if isinstance(arg, bool))
-                    flags.setdefault(name, []).append(allowed)
+                    given = inspect.signature(getattr(reference, name)).bind(*args).arguments
+                    flags.setdefault(name, []).append(given["allow_tf32"])
                 return getattr(self.operators, name)(*args)
 
             return call
