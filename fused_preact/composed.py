@@ -9,6 +9,7 @@ The same operators as reference.py defines; h and dy are computed again, never s
 torch.backends.cudnn has it when the convolution runs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,14 +85,7 @@ class Composed:
         )
         if not symmetric:
             dh = dh[:, :, top : top + height, left : left + width]
-        dh = _channels_last(dh)
-        if addend is not None:
-            dh = dh.add_(addend)
-        if affine is None:
-            return dh, _no_channels(input)
-        return self.kernels.bn_relu_backward(
-            dh, input, affine, activation, with_sums, frozen, residual
-        )
+        return self._input_grad(dh, input, affine, addend, activation, with_sums, frozen, residual)
 
     def preact_conv_wgrad(
         self,
@@ -150,24 +144,43 @@ class Composed:
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dy = self._output_grad(grad, output, output_affine, output_sums)
-        size = list(weight.shape[2:])
-        conv = stride, padding, dilation, groups, activation
-        dw = self.preact_conv_wgrad(dy, None, None, None, input, affine, size, *conv, allow_tf32)
-        g, sums = self.preact_conv_dgrad(
-            dy,
-            None,
-            None,
-            None,
-            weight,
-            input,
-            affine,
-            addend,
-            *conv,
-            with_sums=with_sums,
-            frozen=frozen,
-            residual=residual,
+        if not _same_source(weight.shape[2:], stride, padding):
+            conv = stride, padding, dilation, groups, activation
+            size = list(weight.shape[2:])
+            dw = self.preact_conv_wgrad(dy, None, None, None, input, affine, size, *conv)
+            ends: dict[str, Any] = {"with_sums": with_sums, "frozen": frozen, "residual": residual}
+            g, sums = self.preact_conv_dgrad(
+                dy, None, None, None, weight, input, affine, addend, *conv, **ends
+            )
+            return g, sums, dw
+        h = self._activated(input, affine, activation)
+        dh, dw, _ = _convolution_backward(
+            dy, h, weight, stride, padding[::2], dilation, groups, [True, True, False]
         )
-        return g, sums, dw
+        g, sums = self._input_grad(
+            dh, input, affine, addend, activation, with_sums, frozen, residual
+        )
+        return g, sums, _channels_last(dw.to(reference.accumulator(input.dtype)))
+
+    def _input_grad(
+        self,
+        dh: Tensor,
+        input: Tensor,
+        affine: Tensor | None,
+        addend: Tensor | None,
+        activation: str,
+        with_sums: bool,
+        frozen: bool,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        dh = _channels_last(dh)
+        if addend is not None:
+            dh = dh.add_(addend)
+        if affine is None:
+            return dh, _no_channels(input)
+        return self.kernels.bn_relu_backward(
+            dh, input, affine, activation, with_sums, frozen, residual
+        )
 
     def _activated(self, input: Tensor, affine: Tensor | None, activation: str) -> Tensor:
         if affine is None:
@@ -180,6 +193,13 @@ class Composed:
         if output is None:
             return grad
         return self.kernels.residual_grad(None, grad, output, affine, sums)
+
+
+def _same_source(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether PyTorch can take both gradients at once: h needs no padding or gaps of its own."""
+    if tuple(kernel_size) == (1, 1):
+        return tuple(stride) == (1, 1) and not any(padding)
+    return padding[0] == padding[1] and padding[2] == padding[3]
 
 
 def _convolution_backward(dy, input, weight, stride, padding, dilation, groups, wanted):

@@ -23,7 +23,7 @@ def composed():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometries(name, dtype, composed):
-    """The tolerance rule for the three operators; options change from one to the next."""
+    """The tolerance rule for each operator; options change from one to the next."""
     i = list(GEOMETRIES).index(name)
     o = operands(dtype, *GEOMETRIES[name], deferred=i % 3 > 0)
     activation = "silu" if i % 2 else "relu"
@@ -39,6 +39,7 @@ def test_geometries(name, dtype, composed):
         frozen = True, False, True, o.addend
         assert_operator_rule(composed, "preact_conv_dgrad", dtype, *dgrad[:-1], *frozen)
     assert_operator_rule(composed, "preact_conv_wgrad", dtype, *wgrad)
+    assert_operator_rule(composed, "preact_conv_backward", dtype, *dgrad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
