@@ -97,12 +97,29 @@ inline Sizes sizes_of(const ImageShape& shape) {
   return {shape.images, shape.channels, shape.height, shape.width};
 }
 
+// As torch has it: the stride of a dimension of size 1 says nothing.
+inline bool is_channels_last(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t expected = 1;
+  for (const size_t dim : {1, 3, 2, 0}) {
+    if (sizes[dim] != 1 && strides[dim] != expected) return false;
+    expected *= sizes[dim];
+  }
+  return true;
+}
+
 // input's dtype and the given shape, in channels_last memory
 inline Tensor activation(const char* name, const Tensor& tensor, const Tensor& input,
                          const ImageShape& shape) {
   check_shape(name, tensor, sizes_of(shape));
   check_dtype(name, tensor, input.scalar_type());
-  return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
+  // A call through torch's dispatcher costs a microsecond even where nothing is to be done.
+  return is_channels_last(tensor) ? tensor
+                                  : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
+}
+
+inline Tensor in_order(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // the accumulator's dtype, [rows, channels]
@@ -110,7 +127,7 @@ inline Tensor vectors(const char* name, const Tensor& tensor, const Tensor& inpu
                       int64_t channels) {
   check_shape(name, tensor, {rows, channels});
   check_dtype(name, tensor, accumulator_of(input));
-  return torch::stable::contiguous(tensor);
+  return in_order(tensor);
 }
 
 // likewise, [channels]
@@ -118,7 +135,7 @@ inline Tensor vector(const char* name, const Tensor& tensor, const Tensor& input
                      int64_t channels) {
   check_shape(name, tensor, {channels});
   check_dtype(name, tensor, accumulator_of(input));
-  return torch::stable::contiguous(tensor);
+  return in_order(tensor);
 }
 
 template <typename Check, typename... Arguments>

@@ -41,7 +41,7 @@ struct Operators {
     check(sizes.size() == 2 && sizes[0] == 2, "stats: expected shape (2, C), got ", text(sizes));
     const Dtype dtype = dtype_of<Device>(stats);
     check(dtype != Dtype::kBFloat16, "stats: expected float32 or float64, got bfloat16");
-    const Tensor s = torch::stable::contiguous(stats);
+    const Tensor s = in_order(stats);
     const OptionalTensor w = optional(vector, "weight", weight, stats, sizes[1]);
     const OptionalTensor b = optional(vector, "bias", bias, stats, sizes[1]);
     const Tensor affine = new_vectors(stats, 4, sizes[1]);
