@@ -24,12 +24,17 @@ using Sizes = std::vector<int64_t>;
 
 // --- checks -------------------------------------------------------------------------------------
 
-inline std::string text(const Sizes& sizes) {
-  std::ostringstream out;
+// A shape in an error message; written only where there is one.
+struct Text {
+  const Sizes& sizes;
+};
+
+inline Text text(const Sizes& sizes) { return {sizes}; }
+
+inline std::ostream& operator<<(std::ostream& out, const Text& text) {
   out << '(';
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << (sizes.size() == 1 ? ",)" : ")");
-  return out.str();
+  for (size_t i = 0; i < text.sizes.size(); ++i) out << (i ? ", " : "") << text.sizes[i];
+  return out << (text.sizes.size() == 1 ? ",)" : ")");
 }
 
 template <typename... Parts>
