@@ -15,8 +15,9 @@
 
 namespace preact::cuda {
 
-constexpr int kMostPiecesPerThread = 32;  // of a window: one bit each says which are not padding
-constexpr int kMostStages = 4;            // steps that are copied or multiplied at the same time
+constexpr int kMostPiecesPerThread = 32;    // of a window: one bit each says which are not padding
+constexpr int64_t kWideBytes = 160 * 1024;  // of shared memory that a device has for wide tiles
+constexpr int kMostStages = 4;              // steps that are copied or multiplied at the same time
 // Tiles whose places are in shared memory: what is stored, multiplied and copied, and the next one.
 constexpr int kPlaces = 8;
 static_assert(kPlaces >= kMostStages + 2);
@@ -171,24 +172,20 @@ struct Region {
   const Axis& c;
   const Patch& patch;
   int64_t images, channels;
-  int rows, columns;  // of one image of the patch
 
   PREACT_DEVICE Region(const Axis& r, const Axis& c, const Patch& patch, int64_t images,
                        int64_t channels)
-      : r(r),
-        c(c),
-        patch(patch),
-        images(images),
-        channels(channels),
-        rows(r.window(patch.rows)),
-        columns(c.window(patch.columns)) {}
+      : r(r), c(c), patch(patch), images(images), channels(channels) {}
 
-  PREACT_DEVICE int pixels() const { return patch.images * rows * columns; }
+  // Of one image of the patch.
+  PREACT_DEVICE int rows() const { return r.window(patch.rows); }
+  PREACT_DEVICE int columns() const { return c.window(patch.columns); }
+  PREACT_DEVICE int pixels() const { return patch.window(r, c); }
 
   // Image, row and column of pixel i, each less than 1024, 2048 and 2048.
   PREACT_DEVICE uint32_t packed(int i) const {
     if (pixels() == 0) return 0;
-    return i / (rows * columns) << 22 | i / columns % rows << 11 | i % columns;
+    return i / (rows() * columns()) << 22 | i / columns() % rows() << 11 | i % columns();
   }
 
   PREACT_DEVICE static int clamped(int64_t x, int most) {
@@ -197,7 +194,7 @@ struct Region {
   PREACT_DEVICE Place place(const Origin& o) const {
     const int64_t y = o.row * r.step * r.gather + r.offset;
     const int64_t x = o.column * c.step * c.gather + c.offset;
-    const int down = rows * r.gather, across = columns * c.gather;
+    const int down = rows() * r.gather, across = columns() * c.gather;
     const int top = clamped(-y, down), left = clamped(-x, across);
     return {clamped(images - o.image, patch.images),
             top,
@@ -219,8 +216,8 @@ struct Walk {
   PREACT_DEVICE Walk(const Region& region, const Place& place, uint32_t first, uint32_t step,
                      int64_t channel)
       : gather(region.r.gather),
-        rows(region.rows * gather),
-        columns(region.columns * region.c.gather),
+        rows(region.rows() * gather),
+        columns(region.columns() * region.c.gather),
         end_row(rows - place.top),
         end_column(columns - place.left),
         images(place.images),
@@ -363,9 +360,7 @@ struct Window {
 
   const Source& source;
   Region region;
-  int pixels;  // that are filled, from...
-  int column = static_cast<int>(threadIdx.x) % kPieces;
-  int first_pixel = row_of_thread<T, kPieces>(static_cast<int>(threadIdx.x));
+  int pixels;            // that are filled
   uint32_t first, step;  // of this thread
 
   static_assert(kMostPixels <= 2048);
@@ -374,19 +369,24 @@ struct Window {
       : source(source),
         region(r, c, patch, images, source.channels.count),
         pixels(region.pixels() < least_pixels ? least_pixels : region.pixels()),
-        first(region.packed(first_pixel)),
+        first(region.packed(first_pixel())),
         step(region.packed(kRowStep)) {}
+
+  PREACT_DEVICE static int column() { return static_cast<int>(threadIdx.x) % kPieces * kPiece; }
+  PREACT_DEVICE static int first_pixel() {
+    return row_of_thread<T, kPieces>(static_cast<int>(threadIdx.x));
+  }
 
   // Starts the copies of channels from `channel` on; pieces that are no vectors are there at once.
   // second is for a Source of two tensors. Returns which of this thread's pieces are not padding.
   PREACT_DEVICE uint32_t fetch(const Place& place, int64_t channel, T* buffer, T* second) const {
-    channel += column * kPiece;
+    channel += column();
     const int valid = source.channels.valid(channel);
     Walk walk(region, place, first, step, channel);
     uint32_t inside = 0, bit = 1;
 #pragma unroll 1
-    for (int w = first_pixel; w < pixels; w += kRowStep, bit <<= 1, walk.advance()) {
-      const int at = w * kPitch + column * kPiece;
+    for (int w = first_pixel(); w < pixels; w += kRowStep, bit <<= 1, walk.advance()) {
+      const int at = w * kPitch + column();
       if (valid <= 0 || !walk.inside()) {
         zero_piece(buffer + at);
         continue;
@@ -408,14 +408,14 @@ struct Window {
 
   // Turns what fetch() copied, and said is inside, into the operand.
   PREACT_DEVICE void transform(int64_t channel, uint32_t inside, T* buffer, const T* second) const {
-    channel += column * kPiece;
+    channel += column();
     if (source.channels.valid(channel) <= 0 || source.plain()) return;
     const typename Source::Function function(source, channel);
     int bit = 0;
 #pragma unroll 1
-    for (int w = first_pixel; w < pixels; w += kRowStep, ++bit) {
+    for (int w = first_pixel(); w < pixels; w += kRowStep, ++bit) {
       if (!(inside >> bit & 1)) continue;
-      const int at = w * kPitch + column * kPiece;
+      const int at = w * kPitch + column();
       Piece v, u{};
       read_piece(buffer + at, v);
       if constexpr (Source::kTwo) read_piece(second + at, u);

@@ -149,7 +149,6 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
 template <typename T, typename F>
 void choose_tile(const CudaRuntime& runtime, int64_t pixels, int64_t result_channels, F&& run) {
   using Wide = ConvTile<2>;
-  constexpr int64_t kWideBytes = 160 * 1024;
   if constexpr (sizeof(T) == 2) {
     const int64_t tiles = pixels / kTilePixels * (result_channels / Wide::kChannels);
     if (result_channels % Wide::kChannels == 0 && tiles >= multiprocessors(runtime.device) &&
@@ -322,7 +321,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
 
       const int source_left = source_channels - now.channel;
       const T* const taps =
-          window_at(slots.window) + (now.row * window.region.columns + now.first_tap) * kPitch;
+          window_at(slots.window) + (now.row * window.region.columns() + now.first_tap) * kPitch;
       for (int t = 0; t < kTapsPerStep && now.first_tap + t < c.taps; ++t) {
         constexpr int kRow = kWeightPitch<T, kDgrad, kAcross>;
         const T* const weights = weights_at(slots.weights) + t * kWeightTile<T, kDgrad, kAcross>;

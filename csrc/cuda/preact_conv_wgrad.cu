@@ -1,23 +1,25 @@
 // preact_conv_wgrad: dW[k, c, r, s] = sum over pixels of dy[p, k] * h[p at tap (r, s), c],
 //   dy = scale' * g' + B' * (u' - mean') + C' of the layer above, h = act(scale * (u - mean) +
 //   shift).
-// Reads g', u' [M', K] once for each 64 input channels and row of the kernel, u [M, C] once for
-// each 64 output channels and row of the kernel with the halo of its patches (from the cache after
-// the first), writes and reads `splits` partial results of K*C*R*S floats. FLOPs 2*M'*K*C*R*S.
+// Reads g', u' [M', K] once for each 64 or 128 input channels and row of the kernel, u [M, C] once
+// for each 64 output channels and row of the kernel with the halo of its patches (from the cache
+// after the first), writes and reads `splits` partial results of K*C*R*S floats. FLOPs
+// 2*M'*K*C*R*S.
 //
-// A block has 64 by 64 channels, up to three taps of one row of the kernel, and every splits-th
-// patch of 64 pixels. A second launch adds the splits up, in order.
+// A block has 64 output channels by 64 input channels, or by 128 where there are as many, so that
+// fewer blocks copy and transform the same gradients; up to three taps of one row of the kernel;
+// and every splits-th patch of 64 pixels. A second launch adds the splits up, in order.
 #include "conv.cuh"
 
 namespace preact {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kTile = 64;         // channels, of both
+constexpr int kTile = 64;         // channels: of the output, and of the input for each kAcross
 constexpr int kPatchPixels = 64;  // the GEMM's k axis, in one step
 constexpr int kReduceThreads = 256;
-constexpr int64_t kBlocksPerMultiprocessor = 2;
+constexpr int kGroupThreads = 128;  // that have 64 by 64 channels
+constexpr int64_t kGroupsPerMultiprocessor = 2;
 
 // Where a tile's windows lie.
 struct WgradPlaces {
@@ -38,18 +40,20 @@ struct WgradTiling {
   int64_t grads, second, windows, window_bytes, shared_bytes;
 };
 
-template <typename T, Activation kActivation, int kTaps>
-__global__ __launch_bounds__(kThreads) void preact_conv_wgrad_kernel(
+template <typename T, Activation kActivation, int kTaps, int kAcross>
+__global__ __launch_bounds__(kAcross* kGroupThreads) void preact_conv_wgrad_kernel(
     const WgradTiling tiling, const ConvShape s, const Gradient<T> grad,
     const Activated<T, kActivation> input,
     float* partial) {  // [splits, R * S, K, C]
-  constexpr int kPieces = kTile / kPiece, kPitch = pitch<T>(kTile, true);
+  constexpr int kThreads = kAcross * kGroupThreads, kTileAcross = kAcross * kTile;
+  constexpr int kPieces = kTile / kPiece, kGradPitch = pitch<T>(kTile, true);
+  constexpr int kPitch = pitch<T>(kTileAcross, true);
   constexpr int kM = 2, kN = 4;  // a warp has 32 by 32 channels
-  constexpr int64_t kGradBytes = kPatchPixels * kPitch * static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kGradBytes = kPatchPixels * kGradPitch * static_cast<int64_t>(sizeof(T));
   const int64_t k = s.output.channels, c = s.input.channels;
-  const int tiles_across = static_cast<int>((c + kTile - 1) / kTile);
+  const int tiles_across = static_cast<int>((c + kTileAcross - 1) / kTileAcross);
   const int first_k = static_cast<int>(blockIdx.y) / tiles_across * kTile;
-  const int first_c = static_cast<int>(blockIdx.y) % tiles_across * kTile;
+  const int first_c = static_cast<int>(blockIdx.y) % tiles_across * kTileAcross;
 
   const int kernel_width = static_cast<int>(s.kernel_width);
   const int groups = (kernel_width + kTaps - 1) / kTaps;
@@ -87,11 +91,13 @@ __global__ __launch_bounds__(kThreads) void preact_conv_wgrad_kernel(
 
   const Window<T, Gradient<T>, kPieces, true, kThreads> dy(
       grad, grad_rows, grad_columns, tiling.patch, s.input.images, kPatchPixels);
-  const Window<T, Activated<T, kActivation>, kPieces, true, kThreads> h(
+  const Window<T, Activated<T, kActivation>, kAcross * kPieces, true, kThreads> h(
       input, rows, columns, tiling.patch, s.input.images);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const int warp_k = thread / 64 * 32, warp_c = thread / 32 % 2 * 32;
-  const int live = static_cast<int>(c - first_c - warp_c < 32 ? c - first_c - warp_c : 32);
+  const int warp_k = thread / 32 / (2 * kAcross) * 32, warp_c = thread / 32 % (2 * kAcross) * 32;
+  // A tile of 128 input channels has them all.
+  const int64_t channels_left = c - first_c - warp_c;
+  const int live = kAcross == 1 && channels_left < 32 ? static_cast<int>(channels_left) : 32;
   const bool works = live > 0 && first_k + warp_k < k;
 
   float sums[kTaps][kM][kN][4] = {};
@@ -118,7 +124,7 @@ __global__ __launch_bounds__(kThreads) void preact_conv_wgrad_kernel(
     for (int tile = 0; tile <= copied; ++tile) find_places(tile);
   __syncthreads();
   for (int tile = 0; tile < copied; ++tile) fetch(tile, tile, tile);
-  int slot = 0, slot_before = copied, second = 0;
+  int slot = 0, second = 0;
   for (int tile = 0; tile < tiles; ++tile) {
     if (thread == 0) find_places(tile + tiling.stages);
     copies_wait(tiling.stages - 2);
@@ -126,10 +132,9 @@ __global__ __launch_bounds__(kThreads) void preact_conv_wgrad_kernel(
     dy.transform(first_k, load_shared(inside), grad_at(slot), second_at(second));
     h.transform(first_c, load_shared(inside + kThreads), window_at(slot), nullptr);
     __syncthreads();
-    fetch(tile + copied, slot_before, second);  // where everybody has finished
+    fetch(tile + copied, slot > 0 ? slot - 1 : copied, second);  // where everybody has finished
     const T* const a = grad_at(slot) + warp_k;
     const T* const b = window_at(slot) + warp_c;
-    slot_before = slot;
     slot = next_slot(slot, tiling.stages);
     second = next_slot(second, copied);
     if (!works) continue;
@@ -138,9 +143,9 @@ __global__ __launch_bounds__(kThreads) void preact_conv_wgrad_kernel(
       if (p0 >= tiling.patch.pixels()) break;
 #pragma unroll
       for (int t = 0; t < kTaps; ++t)
-        if (t < taps)
+        if (t < columns.taps)
           multiply<T, true, true>(
-              sums[t], live, [&](int m, int p) { return a + (p0 + p) * kPitch + m; },
+              sums[t], live, [&](int m, int p) { return a + (p0 + p) * kGradPitch + m; },
               [&](int n, int p) { return b + load_shared(table + p0 + p) + t * kPitch + n; });
     }
   }
@@ -155,7 +160,7 @@ __global__ __launch_bounds__(kThreads) void preact_conv_wgrad_kernel(
         for (int h = 0; h < 2; ++h) {
           const int64_t row = first_k + warp_k + 16 * m + 8 * h + lane / 4;
           const int64_t column = first_c + warp_c + 8 * n + lane % 4 * 2;
-          if (t >= taps || row >= k || column >= c) continue;
+          if (t >= columns.taps || row >= k || column >= c) continue;
           const int64_t tap = int64_t{tap_row} * kernel_width + first_tap + t;
           const int64_t plane = blockIdx.x * s.kernel_height * s.kernel_width + tap;
           float* const to = partial + (plane * k + row) * c + column;
@@ -182,8 +187,48 @@ __global__ __launch_bounds__(kReduceThreads) void reduce_splits_kernel(
   store(dweight + (row * taps + tap) * c + i % c, sum);
 }
 
-template <typename T, Activation kActivation, int kTaps>
+struct WgradGrid {
+  int64_t splits, channel_tiles, tap_groups;
+
+  int64_t blocks() const { return splits * channel_tiles * tap_groups; }
+};
+
+// Enough blocks to fill the device, but partial results that stay small against what is read, and
+// at most one block for each of `tiles`.
+template <int kAcross>
+WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int taps_of_block,
+                     int64_t bytes, int64_t tiles) {
+  const int64_t k = s.output.channels, c = s.input.channels;
+  const int64_t channel_tiles = ceil_div(k, kTile) * ceil_div(c, kAcross * kTile);
+  const int64_t tap_groups = s.kernel_height * ceil_div(s.kernel_width, taps_of_block);
+  const int64_t to_fill = kGroupsPerMultiprocessor / kAcross * multiprocessors(runtime.device) /
+                          (channel_tiles * tap_groups);
+  const int64_t read = (s.input.pixels() * c + s.output.pixels() * k) * bytes;
+  const int64_t partial_bytes =
+      k * c * s.kernel_height * s.kernel_width * static_cast<int64_t>(sizeof(float));
+  const int64_t most = std::max<int64_t>(read / partial_bytes, 16);
+  return {std::clamp<int64_t>(std::min(to_fill, most), 1, tiles), channel_tiles, tap_groups};
+}
+
+// Whether tiles of 128 input channels, in 16 bits, leave none over and give no multiprocessor more
+// to do than tiles of 64.
+template <typename T, int kTaps>
+bool wide(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+  const ConvShape s = flattened(op.shape);
+  if (s.input.channels % (2 * kTile) != 0 || most_shared_bytes(runtime.device) < kWideBytes)
+    return false;
+  const int64_t tiles = ceil_div(s.output.pixels(), kPatchPixels);
+  const auto of_busiest = [&](const WgradGrid& grid) {
+    const int64_t blocks = ceil_div(grid.blocks(), multiprocessors(runtime.device));
+    return blocks * ceil_div(tiles, grid.splits);
+  };
+  return 2 * of_busiest(wgrad_grid<2>(runtime, s, kTaps, sizeof(T), tiles)) <=
+         of_busiest(wgrad_grid<1>(runtime, s, kTaps, sizeof(T), tiles));
+}
+
+template <typename T, Activation kActivation, int kTaps, int kAcross>
 void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+  constexpr int kThreads = kAcross * kGroupThreads;
   const ConvShape s = flattened(op.shape);
   const int64_t k = s.output.channels, c = s.input.channels;
   const int64_t taps = s.kernel_height * s.kernel_width;
@@ -192,8 +237,9 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   const Axis columns =
       forward_axis(s.input.width, s.output.width, 0, taps_across, s.stride_width, 0);
 
-  constexpr int64_t kPixelBytes = pitch<T>(kTile, true) * static_cast<int64_t>(sizeof(T));
-  constexpr int64_t kGradBytes = kPatchPixels * kPixelBytes;
+  constexpr int64_t kBytes = sizeof(T);
+  constexpr int64_t kPixelBytes = pitch<T>(kAcross * kTile, true) * kBytes;
+  constexpr int64_t kGradBytes = kPatchPixels * pitch<T>(kTile, true) * kBytes;
   const auto lay_out = [&](WgradTiling tiling, int64_t window, int stages) {
     tiling.stages = stages;
     tiling.grads = kInsideAt + 2 * kThreads * stages * static_cast<int64_t>(sizeof(uint32_t));
@@ -204,38 +250,31 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
     return tiling;
   };
   const int64_t fixed = lay_out({}, 0, 2).shared_bytes;
-  using Inputs = Window<T, Activated<T, kActivation>, kTile / kPiece, true, kThreads>;
+  using Inputs = Window<T, Activated<T, kActivation>, kAcross * kTile / kPiece, true, kThreads>;
   const int64_t most_window = std::min<int64_t>(
       (most_shared_bytes(runtime.device) - fixed) / (2 * kPixelBytes), Inputs::kMostPixels);
   WgradTiling tiling{};
   tiling.patch =
       choose_patch(s.input.images, rows, columns, kPatchPixels, static_cast<int>(most_window));
   const int64_t window = tiling.patch.window(rows, columns);
-  const auto kernel = preact_conv_wgrad_kernel<T, kActivation, kTaps>;
+  const auto kernel = preact_conv_wgrad_kernel<T, kActivation, kTaps, kAcross>;
   const int stages =
-      choose_stages(runtime, kernel, kThreads, kBlocksPerMultiprocessor,
+      choose_stages(runtime, kernel, kThreads, kGroupsPerMultiprocessor / kAcross,
                     [&](int stages) { return lay_out(tiling, window, stages).shared_bytes; });
   tiling = lay_out(tiling, window, stages);
 
-  // Enough blocks to fill the device, but partial results that stay small against what is read.
-  const int64_t channel_tiles = ceil_div(k, kTile) * ceil_div(c, kTile);
-  const int64_t tap_groups = s.kernel_height * ceil_div(s.kernel_width, kTaps);
-  const int64_t to_fill =
-      kBlocksPerMultiprocessor * multiprocessors(runtime.device) / (channel_tiles * tap_groups);
-  const int64_t read =
-      (s.input.pixels() * c + s.output.pixels() * k) * static_cast<int64_t>(sizeof(T));
+  const WgradGrid blocks = wgrad_grid<kAcross>(runtime, s, kTaps, kBytes,
+                                               tiling.patch.tiles(s.input.images, rows, columns));
+  tiling.splits = static_cast<int>(blocks.splits);
   const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
-  const int64_t most = std::max<int64_t>(read / partial_bytes, 16);
-  tiling.splits = static_cast<int>(std::clamp<int64_t>(
-      std::min(to_fill, most), 1, tiling.patch.tiles(s.input.images, rows, columns)));
   float* const partial =
       static_cast<float*>(runtime.allocate(tiling.splits * partial_bytes, runtime.context));
 
   const Activated<T, kActivation> input{channels_of(c, {op.input, op.affine}),
                                         static_cast<const T*>(op.input),
                                         static_cast<const float*>(op.affine)};
-  const Grid grid{static_cast<unsigned>(tiling.splits), static_cast<unsigned>(channel_tiles),
-                  static_cast<unsigned>(tap_groups)};
+  const Grid grid{static_cast<unsigned>(blocks.splits), static_cast<unsigned>(blocks.channel_tiles),
+                  static_cast<unsigned>(blocks.tap_groups)};
   launch("preact_conv_wgrad", kernel, grid, kThreads, tiling.shared_bytes, runtime.device,
          runtime.stream, tiling, s, Gradient<T>(op.grad, s.output), input, partial);
   launch("preact_conv_wgrad (splits)", reduce_splits_kernel,
@@ -244,15 +283,22 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
          static_cast<const float*>(partial), static_cast<float*>(op.dweight));
 }
 
+template <typename T, Activation kActivation, int kTaps>
+void choose_width(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+  if constexpr (sizeof(T) == 2)
+    if (wide<T, kTaps>(runtime, op)) return run<T, kActivation, kTaps, 2>(runtime, op);
+  run<T, kActivation, kTaps, 1>(runtime, op);
+}
+
 }  // namespace
 }  // namespace cuda
 
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   cuda::dispatch_conv(op, [&]<typename T, Activation kActivation>() {
     if (op.shape.kernel_width == 1)
-      cuda::run<T, kActivation, 1>(runtime, op);
+      cuda::choose_width<T, kActivation, 1>(runtime, op);
     else
-      cuda::run<T, kActivation, 3>(runtime, op);
+      cuda::choose_width<T, kActivation, 3>(runtime, op);
   });
 }
 

@@ -26,10 +26,10 @@ void compare(const Axis& r, const Axis& c, int64_t images, int most, int step) {
       Walk walk(region, place, region.packed(first), region.packed(step), kChannel);
       // beyond the region as well, as where a window is filled up
       for (int i = first; i < region.pixels() + step; i += step, walk.advance()) {
-        const int of_image = region.rows * region.columns;
+        const int of_image = region.rows() * region.columns();
         const int64_t n = origin.image + i / of_image;
-        const int64_t y = pixel_of(r, origin.row, i % of_image / region.columns);
-        const int64_t x = pixel_of(c, origin.column, i % of_image % region.columns);
+        const int64_t y = pixel_of(r, origin.row, i % of_image / region.columns());
+        const int64_t x = pixel_of(c, origin.column, i % of_image % region.columns());
         const bool there =
             i < region.pixels() && n < images && y >= 0 && y < r.source && x >= 0 && x < c.source;
         const int64_t offset = ((n * r.source + y) * c.source + x) * kChannels + kChannel;
@@ -38,7 +38,7 @@ void compare(const Axis& r, const Axis& c, int64_t images, int most, int step) {
         if (walk.inside() == there && (!there || walk.offset() == offset)) continue;
         if (++different < 10)
           std::printf("tile %ld, pixel %d of %d x %d x %d: %d %ld, not %d %ld\n",
-                      static_cast<long>(tile), i, patch.images, region.rows, region.columns,
+                      static_cast<long>(tile), i, patch.images, region.rows(), region.columns(),
                       walk.inside(), static_cast<long>(walk.offset()), there,
                       static_cast<long>(offset));
       }
