@@ -3,7 +3,8 @@
 // A block's threads are fibers on one thread of the processor. They take turns in an order drawn
 // from a seed, each until it meets a barrier or an instruction of its whole warp, so that a missing
 // barrier shows as a result that depends on the seed, or as the poison that shared memory starts
-// with. Blocks run one after the other, in an order drawn from the same seed.
+// with. Blocks run one after the other, in an order drawn from the same seed. What is copied
+// asynchronously is there once its group is waited for, no sooner.
 #pragma once
 
 #include <algorithm>

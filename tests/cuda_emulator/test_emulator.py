@@ -333,6 +333,45 @@ def test_wide_tiles_need_room_and_blocks_enough(emulator):
     assert threads(torch.float32, 128, 4, 163 * 1024) == 128
 
 
+def test_wide_tiles_of_wgrad_give_no_multiprocessor_more(emulator):
+    """128 input channels a block: 16 bits, none left over, and as many blocks as keep all busy."""
+
+    def threads(dtype, channels, multiprocessors, shared_bytes):
+        u, g = torch.zeros(2, channels, 16, 16, dtype=dtype), torch.zeros(2, 64, 16, 16)
+        with emulator.recording(multiprocessors, shared_bytes) as launches:
+            emulator.operators.preact_conv_wgrad(
+                *(g.to(dtype), None, None, None, u, None, (1, 1)),
+                *((1, 1), (0,) * 4, (1, 1), 1, "relu"),
+            )
+        return launches[0].threads
+
+    assert threads(torch.bfloat16, 128, 2, 163 * 1024) == 256
+    assert threads(torch.bfloat16, 128, 2, 99 * 1024) == 128
+    assert threads(torch.bfloat16, 192, 2, 163 * 1024) == 128
+    assert threads(torch.float32, 128, 2, 163 * 1024) == 128
+    # five tiles of 128 on four multiprocessors: one has two, four of 64 in place of three
+    assert threads(torch.bfloat16, 640, 4, 163 * 1024) == 128
+
+
+def test_statistics_of_a_mean_far_from_zero(emulator):
+    """Of what is stored, in float64: the mean to a rounding, the variance to a few.
+
+    A channel is constant: its variance is 0, not what cancelled.
+    """
+    generator = torch.Generator().manual_seed(3)
+    u = torch.randn(4, 8, 16, 16, generator=generator)
+    weight = torch.randn(16, 8, 1, 1, generator=generator) / 8**0.5
+    residual = 1e4 + torch.randn(4, 16, 16, 16, generator=generator)
+    weight[0], residual[:, 0] = 0, 1e4 + 1 / 3
+    y, stats, _ = emulator.operators.preact_conv_forward(
+        *(u, None, weight, residual, (1, 1), (0,) * 4, (1, 1), 1, "relu", True)
+    )
+    mean, var = y.double().mean((0, 2, 3)), y.double().var((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(stats[0].double(), mean, rtol=2**-23, atol=0)
+    torch.testing.assert_close(stats[1, 1:].double(), var[1:], rtol=1e-6, atol=0)
+    assert stats[1, 0] == 0
+
+
 def test_shapes_reach_every_path():
     """Vectors and odd channels, one tile and several, whole images and patches, wide tiles."""
     assert any(shape.filters % 128 == 0 for shape in SHAPES)
