@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from cases import all_cases
-from contenders import contenders
+from check import check, comparable, errors
+from contenders import EAGER, REFERENCE, Contender, contenders
+from operators import OPERATORS, OperatorCase
 
 from fused_preact import cli
 from fused_preact.bench import command, tables
@@ -113,6 +116,20 @@ def test_report_writes_table_and_pictures(results, tmp_path, capsys):
     files = {f"nvidia-gpu-cuda-{title}.{suffix}" for title in titles for suffix in ("png", "svg")}
     assert {path.name for path in out.iterdir()} == files | {"report.md"}
     assert "nothing measured for 'speed-up per attack'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("contender", [EAGER, Contender("cpu", "cpu")], ids=lambda c: c.name)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_pass_the_check(name, contender):
+    """Each operator and its counterpart give results that the harness can compare, and times."""
+    case, device = OperatorCase(name, "", (2, 8, 6, 6), 8, 3, True, True), torch.device("cpu")
+
+    def results(contender, dtype):
+        return comparable(case, case.step(contender, dtype, device)(0))
+
+    true = results(REFERENCE, torch.float64)
+    baseline = errors(results(REFERENCE, torch.float32), true)
+    check(case, contender, errors(results(contender, torch.float32), true), baseline, torch.float32)
 
 
 def test_bench_measures_a_selection(tmp_path, monkeypatch):
