@@ -197,6 +197,10 @@ def _eager_residual_grad(o: _Operands) -> Results:
     return [_eager_bn_grad(o, o.g, [True, False, False])[0].add_(o.dh)]
 
 
+def _dgrad_arguments(o: _Operands) -> tuple[Any, ...]:
+    return o.dy, None, None, None, o.weight, o.input, o.affine, None, *_geometry(o), True
+
+
 class _Operator(NamedTuple):
     passes: str
     counterpart: str  # what eager runs, in a line
@@ -250,16 +254,7 @@ OPERATORS = {
         "backward",
         "convolution_backward for the input, threshold_backward, batch_norm_backward's sums",
         lambda o: _eager_relu_and_sums(o, _eager_conv_grad(o, [True, False, False])[0]),
-        lambda o: (
-            o.dy,
-            *(None, None, None),
-            o.weight,
-            o.input,
-            o.affine,
-            None,
-            *_geometry(o),
-            True,
-        ),
+        _dgrad_arguments,
     ),
     "preact_conv_wgrad": _Operator(
         "backward",
@@ -278,16 +273,7 @@ OPERATORS = {
         "backward",
         "convolution_backward for both, threshold_backward, batch_norm_backward's sums",
         _eager_backward,
-        lambda o: (
-            o.dy,
-            *(None, None, None),
-            o.weight,
-            o.input,
-            o.affine,
-            None,
-            *_geometry(o),
-            True,
-        ),
+        _dgrad_arguments,
     ),
     "residual_grad": _Operator(
         "backward",

@@ -136,9 +136,9 @@ def _launches(function: Any) -> bool:
 def _halves(call: Call) -> list[Call]:
     """A GPU runs preact_conv_backward as wgrad and dgrad."""
     *dy, weight, u, affine = call.arguments[:7]
-    *conv, _, allow_tf32 = call.arguments[8:]
+    conv, allow_tf32 = call.arguments[8:13], call.arguments[14:15]  # none where it is the default
     g, sums, dw = call.results
-    wgrad = *dy, u, affine, weight.shape[2:], *conv, allow_tf32
+    wgrad = *dy, u, affine, weight.shape[2:], *conv, *allow_tf32
     return [
         Call("fused_preact::preact_conv_wgrad", wgrad, (dw,), 0),
         Call("fused_preact::preact_conv_dgrad", call.arguments, (g, sums), 0),

@@ -376,28 +376,10 @@ def _(
 
 
 @_fake("preact_conv_backward")
-def _(
-    grad,
-    output,
-    output_affine,
-    output_sums,
-    weight,
-    input,
-    affine,
-    addend,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation,
-    with_sums,
-    allow_tf32=False,
-    frozen=False,
-    residual=None,
-):
-    channels = 0 if affine is None or not with_sums else input.shape[1]
-    dw = _activations(input, weight.shape).to(reference.accumulator(input.dtype))
-    return _activations(input, input.shape), _vectors(input, 2, channels), dw
+def _(grad, output, output_affine, output_sums, weight, input, *rest):
+    dgrad = _FAKES["preact_conv_dgrad"]
+    g, sums = dgrad(grad, output, output_affine, output_sums, weight, input, *rest)
+    return g, sums, _activations(input, weight.shape).to(reference.accumulator(input.dtype))
 
 
 @_fake("residual_grad")

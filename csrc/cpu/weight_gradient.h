@@ -93,7 +93,7 @@ class WeightGradient {
     const O* const left = buffer<O>(Buffer::kTransposed, together * left_size_);
     const int64_t s = op_.shape.kernel_width;
     A* const dweight = partial_ + part * size_;
-    for (int64_t tap = 0; tap < op_.shape.kernel_height * s; ++tap)
+    for (int64_t tap = 0; tap < taps_; ++tap)
       for (int64_t row = 0; row < product_rows_; row += kProductRows)
         for (int64_t column = 0; column < product_columns_; column += kProductColumns)
           for (int64_t i = 0; i < count; ++i) {
@@ -139,10 +139,11 @@ class WeightGradient {
  private:
   const int64_t c_ = op_.shape.input.channels, k_ = op_.shape.output.channels;
   const int64_t q_ = op_.shape.output.width;
-  const int64_t size_ = op_.shape.kernel_height * op_.shape.kernel_width * k_ * c_;  // of dW
+  const int64_t taps_ = op_.shape.kernel_height * op_.shape.kernel_width;
+  const int64_t size_ = taps_ * k_ * c_;  // of dW
   // The left operand is transposed: h; or of a 1x1 convolution dy, which leaves dW as it should
   // lie, unless that is the wider one and pixels are many.
-  const bool transposes_h_ = size_ > k_* c_ || (c_ < k_ && op_.shape.output.pixels() > 4 * c_);
+  const bool transposes_h_ = taps_ > 1 || (c_ < k_ && op_.shape.output.pixels() > 4 * c_);
   const int64_t product_rows_ = transposes_h_ ? c_ : k_, product_columns_ = transposes_h_ ? k_ : c_;
   // Columns of the window a stride apart lie in a plane of their own.
   const int64_t step_ = window_.step_width, plane_width_ = ceil_div(window_.width, step_);

@@ -23,6 +23,57 @@ inline void bn_update_running(const Runtime&, Dtype accumulator, int64_t count,
   bn_update_running(accumulator, count, updates);
 }
 
+// The checked tensors behind a PreactConvDgrad, and its results.
+template <class Device>
+struct DgradTensors {
+  const Dtype dtype;
+  const Weight w;
+  const ConvShape shape;
+  const Activation act;
+  const OutputGradTensors dy;
+  const Tensor u;
+  const OptionalTensor a, added;
+  const bool allow_tf32, frozen;
+  const OptionalTensor joins;
+  const Tensor g, sums;
+
+  DgradTensors(const Tensor& grad, const OptionalTensor& output,
+               const OptionalTensor& output_affine, const OptionalTensor& output_sums,
+               const Tensor& weight, const Tensor& input, const OptionalTensor& affine,
+               const OptionalTensor& addend, const Sizes& stride, const Sizes& padding,
+               const Sizes& dilation, int64_t groups, const std::string& activation_name,
+               bool with_sums, bool allow_tf32, bool frozen, const OptionalTensor& residual)
+      : dtype(dtype_of<Device>(input)),
+        w(weight_of(weight, input, image_shape(input).channels)),
+        shape(conv_shape(input, weight.size(0), {weight.size(2), weight.size(3)}, stride, padding,
+                         dilation, groups)),
+        act(activation_of(activation_name)),
+        dy(grad, output, output_affine, output_sums, input, shape.output),
+        u(activation("input", input, input, shape.input)),
+        a(optional(vectors, "affine", affine, input, int64_t{4}, shape.input.channels)),
+        added(optional(activation, "addend", addend, input, shape.input)),
+        allow_tf32(allow_tf32),
+        frozen(frozen),
+        joins(optional(activation, "residual", residual, input, shape.input)),
+        g(checked_result(input, affine, residual)),
+        sums(new_vectors(input, 2, affine && with_sums ? shape.input.channels : 0)) {}
+
+  PreactConvDgrad get() const {
+    return {dtype,      shape,   act,         dy.get(),        w,
+            data(u),    data(a), data(added), mutable_data(g), mutable_data(sums),
+            allow_tf32, frozen,  data(joins)};
+  }
+
+ private:
+  // Nothing is allocated before the last check.
+  Tensor checked_result(const Tensor& input, const OptionalTensor& affine,
+                        const OptionalTensor& residual) const {
+    check(affine || !frozen, "affine: expected a tensor where it is frozen, got None");
+    check(frozen || !residual, "residual: expected None without frozen");
+    return new_activation(input, shape.input);
+  }
+};
+
 template <class Device>
 struct Operators {
   static Tensor bn_stats(const Tensor& input) {
@@ -158,26 +209,12 @@ struct Operators {
       const OptionalTensor& affine, const OptionalTensor& addend, Sizes stride, Sizes padding,
       Sizes dilation, int64_t groups, std::string activation_name, bool with_sums, bool allow_tf32,
       bool frozen, const OptionalTensor& residual) {
-    const Dtype dtype = dtype_of<Device>(input);
-    const int64_t channels = image_shape(input).channels;
-    const Weight w = weight_of(weight, input, channels);
-    const ConvShape shape = conv_shape(input, weight.size(0), {weight.size(2), weight.size(3)},
-                                       stride, padding, dilation, groups);
-    const Activation act = activation_of(activation_name);
-    const OutputGradTensors dy(grad, output, output_affine, output_sums, input, shape.output);
-    const Tensor u = activation("input", input, input, shape.input);
-    const OptionalTensor a = optional(vectors, "affine", affine, input, int64_t{4}, channels);
-    const OptionalTensor added = optional(activation, "addend", addend, input, shape.input);
-    check(affine || !frozen, "affine: expected a tensor where it is frozen, got None");
-    check(frozen || !residual, "residual: expected None without frozen");
-    const OptionalTensor joins = optional(activation, "residual", residual, input, shape.input);
-    const Tensor g = new_activation(input, shape.input);
-    const Tensor sums = new_vectors(input, 2, affine && with_sums ? channels : 0);
+    const DgradTensors<Device> dgrad(grad, output, output_affine, output_sums, weight, input,
+                                     affine, addend, stride, padding, dilation, groups,
+                                     activation_name, with_sums, allow_tf32, frozen, residual);
     Device device(input);
-    preact::preact_conv_dgrad(
-        device.runtime(), {dtype, shape, act, dy.get(), w, data(u), data(a), data(added),
-                           mutable_data(g), mutable_data(sums), allow_tf32, frozen, data(joins)});
-    return {g, sums};
+    preact::preact_conv_dgrad(device.runtime(), dgrad.get());
+    return {dgrad.g, dgrad.sums};
   }
 
   static Tensor preact_conv_wgrad(const Tensor& grad, const OptionalTensor& output,
@@ -209,29 +246,16 @@ struct Operators {
       const OptionalTensor& affine, const OptionalTensor& addend, Sizes stride, Sizes padding,
       Sizes dilation, int64_t groups, std::string activation_name, bool with_sums, bool allow_tf32,
       bool frozen, const OptionalTensor& residual) {
-    const Dtype dtype = dtype_of<Device>(input);
-    const int64_t channels = image_shape(input).channels;
-    const Weight w = weight_of(weight, input, channels);
-    const ConvShape shape = conv_shape(input, weight.size(0), {weight.size(2), weight.size(3)},
-                                       stride, padding, dilation, groups);
-    const Activation act = activation_of(activation_name);
-    const OutputGradTensors dy(grad, output, output_affine, output_sums, input, shape.output);
-    const Tensor u = activation("input", input, input, shape.input);
-    const OptionalTensor a = optional(vectors, "affine", affine, input, int64_t{4}, channels);
-    const OptionalTensor added = optional(activation, "addend", addend, input, shape.input);
-    check(affine || !frozen, "affine: expected a tensor where it is frozen, got None");
-    check(frozen || !residual, "residual: expected None without frozen");
-    const OptionalTensor joins = optional(activation, "residual", residual, input, shape.input);
-    const Tensor g = new_activation(input, shape.input);
-    const Tensor sums = new_vectors(input, 2, affine && with_sums ? channels : 0);
+    const DgradTensors<Device> dgrad(grad, output, output_affine, output_sums, weight, input,
+                                     affine, addend, stride, padding, dilation, groups,
+                                     activation_name, with_sums, allow_tf32, frozen, residual);
+    const PreactConvDgrad op = dgrad.get();
     const Tensor dweight = new_weight_grad(input, sizes_of(weight));
     Device device(input);
-    preact::preact_conv_backward(
-        device.runtime(),
-        {dtype, shape, act, dy.get(), w, data(u), data(a), data(added), mutable_data(g),
-         mutable_data(sums), allow_tf32, frozen, data(joins)},
-        {dtype, shape, act, dy.get(), data(u), data(a), mutable_data(dweight), allow_tf32});
-    return {g, sums, dweight};
+    preact::preact_conv_backward(device.runtime(), op,
+                                 {op.dtype, op.shape, op.activation, op.grad, op.input, op.affine,
+                                  mutable_data(dweight), op.allow_tf32});
+    return {dgrad.g, dgrad.sums, dweight};
   }
 
   static Tensor residual_grad(const OptionalTensor& grad, const Tensor& g, const Tensor& input,
