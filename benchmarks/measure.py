@@ -9,10 +9,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from fused_preact.units import Chain
 
 Step = Callable[[int], object]  # one step on the inputs of an index
 
@@ -113,6 +116,9 @@ class Traffic(TorchDispatchMode):
         self.bytes, self.flops, self.seconds = 0, 0, 0.0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if runs_units(function):
+            with self:
+                return layer_by_layer(function, args, kwargs)
         output = function(*args, **(kwargs or {}))
         if function.is_view or not function.namespace.startswith(("aten", "fused_preact")):
             return output
@@ -125,6 +131,16 @@ class Traffic(TorchDispatchMode):
         self.flops += flops
         self.seconds += max(moved / self.bandwidth, flops / self.rate)
         return output
+
+
+def runs_units(function) -> bool:
+    return function._schema.name.startswith("fused_preact::preact_units_")
+
+
+def layer_by_layer(function, args, kwargs) -> Any:
+    """What an operator that runs units does, by the operators for single layers."""
+    chain = Chain(torch.ops.fused_preact)
+    return getattr(chain, function._schema.name.split("::")[1])(*args, **(kwargs or {}))
 
 
 def count_flops(function, args, kwargs, output) -> int:

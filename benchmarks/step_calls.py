@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from measure import count_flops
+from measure import count_flops, layer_by_layer, runs_units
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,6 +77,9 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if runs_units(function):
+            with self:
+                return layer_by_layer(function, args, kwargs)
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
         if _launches(function):

@@ -6,7 +6,7 @@ require_torch()  # one readable error, before anything that needs it
 
 from importlib.metadata import PackageNotFoundError, version  # noqa: E402
 
-from .blocks import PreActBlock, PreActBottleneck  # noqa: E402
+from .blocks import PreActBlock, PreActBottleneck, PreActStage  # noqa: E402
 from .functional import bn_relu, preact_conv2d  # noqa: E402
 from .ops import backend  # noqa: E402
 from .resnet import (  # noqa: E402
@@ -34,6 +34,7 @@ __all__ = [
     "PreActBlock",
     "PreActBottleneck",
     "PreActResNet",
+    "PreActStage",
     "__version__",
     "backend",
     "bn_relu",

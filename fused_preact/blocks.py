@@ -1,4 +1,4 @@
-"""Residual units as modules: PreActBlock and PreActBottleneck.
+"""Residual units as modules: PreActBlock and PreActBottleneck, and PreActStage, a row of them.
 
 Their children are PyTorch's own layers, named as in the widely used CIFAR implementation, so that
 checkpoints load both ways. The fused functions read the children's tensors and settings at each
@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import functional
-from .functional import BatchNorm, Conv
+from .functional import BatchNorm, Conv, Unit
 
 UNIT_KINDS = ("normal", "both_preact", "no_preact")
 
@@ -66,24 +66,19 @@ class PreActUnit(nn.Module):
 
         Raises ValueError for one value per channel in training, as nn.BatchNorm2d does.
         """
-        bns = [getattr(self, f"bn{i + 1}") for i in range(self.depth)]
-        convs = [getattr(self, f"conv{i + 1}") for i in range(self.depth)]
-        if not self._is_plain(bns, convs):
-            return self._call_children(input, bns, convs)
-        _count_batch(bns)
-        return functional.preact_unit(
-            input,
-            [None if bn is None else _read_batch_norm(bn) for bn in bns],
-            [_read_conv(conv) for conv in convs],
-            shortcut="preact" if self.preact == "both_preact" else "input",
-            projection=_read_conv(self.shortcut[0]) if len(self.shortcut) else None,
-            activation=self.activation,
-        )
+        return _run_units([self], input) if self._is_plain() else self._call_children(input)
 
     def extra_repr(self) -> str:
         return f"preact={self.preact!r}, activation={self.activation!r}, dropout={self.dropout}"
 
-    def _is_plain(self, bns: list[nn.Module | None], convs: list[nn.Module]) -> bool:
+    def _layers(self) -> tuple[list[Any], list[Any]]:
+        """Its bn1, bn2, ... and conv1, conv2, ..."""
+        modules, numbers = self._modules, range(1, self.depth + 1)
+        return [modules[f"bn{i}"] for i in numbers], [modules[f"conv{i}"] for i in numbers]
+
+    def _is_plain(self) -> bool:
+        """Whether its children are PyTorch's own layers, and nothing but they has to be called."""
+        bns, convs = self._layers()
         return (
             not (self.dropout and self.training)
             and _is_unchanged(self.shortcut, nn.Sequential)
@@ -92,9 +87,18 @@ class PreActUnit(nn.Module):
             and all(_is_plain_conv(conv) for conv in [*convs, *self.shortcut])
         )
 
-    def _call_children(
-        self, input: Tensor, bns: list[nn.Module | None], convs: list[nn.Module]
-    ) -> Tensor:
+    def _read(self) -> Unit:
+        """Tensors and settings of a unit that is plain."""
+        bns, convs = self._layers()
+        return Unit(
+            [None if bn is None else _read_batch_norm(bn) for bn in bns],
+            [_read_conv(conv) for conv in convs],
+            "preact" if self.preact == "both_preact" else "input",
+            _read_conv(self.shortcut[0]) if len(self.shortcut) else None,
+        )
+
+    def _call_children(self, input: Tensor) -> Tensor:
+        bns, convs = self._layers()
         activate = _ACTIVATIONS[self.activation]
         u = input
         for i, (bn, conv) in enumerate(zip(bns, convs, strict=True)):
@@ -181,6 +185,42 @@ class PreActBottleneck(PreActUnit):
             nn.Conv2d(planes, planes * self.expansion, 1, bias=False),
         ]
         super().__init__(convs, stride, preact, activation, dropout)
+
+
+class PreActStage(nn.Sequential):
+    """Units one after the other, several in a call of the fused functions where they can be.
+
+    A unit that somebody replaced, hooked or patched is called by itself.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What calling its modules one after the other returns."""
+        together: list[PreActUnit] = []
+        for module in self:
+            unit = module if _runs_with_others(module) else None
+            if together and (unit is None or unit.activation != together[0].activation):
+                input, together = _run_units(together, input), []
+            if unit is None:
+                input = module(input)
+            else:
+                together.append(unit)
+        return _run_units(together, input) if together else input
+
+
+def _runs_with_others(module: nn.Module) -> TypeGuard[PreActUnit]:
+    return (
+        isinstance(module, PreActUnit)
+        and type(module).forward is PreActUnit.forward
+        and _is_unchanged(module, type(module))
+        and module._is_plain()
+    )
+
+
+def _run_units(units: Sequence[PreActUnit], input: Tensor) -> Tensor:
+    """Plain units of one activation."""
+    _count_batch([bn for unit in units for bn in unit._layers()[0]])
+    activation = units[0].activation
+    return functional.preact_units(input, [unit._read() for unit in units], activation=activation)
 
 
 def bn_activation(bn: nn.Module, input: Tensor, activation: str) -> Tensor:

@@ -5,16 +5,20 @@ and defers each BatchNorm's backward pass to whoever reads its gradient. He et a
 arXiv:1603.05027; the operators and what they hand each other are defined in reference.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops, reference
+from . import fakes, ops, reference
 
 Padding = int | Sequence[int]
+
+# Units that share a call: enough to hide what a call costs on the host, few enough that backward
+# frees activations and finishes gradients (for data-parallel training) as it goes.
+UNITS_PER_CALL = 8
 
 
 class BatchNorm(NamedTuple):
@@ -41,6 +45,15 @@ class Conv(NamedTuple):
     @property
     def geometry(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
+
+
+class Unit(NamedTuple):
+    """A residual unit: u[i+1] = conv[i](activation(bn[i](u[i]))), plus a shortcut."""
+
+    bns: Sequence[BatchNorm | None]  # one for each convolution; the first may be None
+    convs: Sequence[Conv]
+    shortcut: str | None  # what is added: "input", "preact" (the activated bns[0](input)), or None
+    projection: Conv | None  # a convolution that the shortcut passes through first
 
 
 def preact_conv2d(
@@ -117,9 +130,8 @@ def bn_relu(
     input = ops.channels_last(input)
     stats = _input_statistics(operators, input, bn)
     config = _BnReluConfig(operators, activation, bn.training, bn.eps)
-    parameters = _with_grad_fn(bn.weight), _with_grad_fn(bn.bias)
-    output = _BnRelu.apply(_with_grad_fn(input), config, stats, *parameters)
-    _update_running(operators, [bn], [stats], [_values_per_channel(input.shape)])
+    output = _BnRelu.apply(input, config, stats, bn.weight, bn.bias)
+    _update_running(operators, [bn], [stats], [input.shape])
     return output
 
 
@@ -151,54 +163,100 @@ def preact_unit(
 
     He et al. 2016, eq. 1 and figure 4(e).
     """
-    _check_unit(input, bns, convs, shortcut, projection, activation, residual)
+    unit = Unit(bns, convs, shortcut, projection)
+    _check_input(input)
+    _check_activation(activation)
+    shapes, output_shape = _check_unit(unit, input.shape)
+    if residual is not None:
+        if shortcut is not None:
+            raise ValueError("residual: expected None where there is a shortcut")
+        _check_added("residual", residual.shape, output_shape)
+    return _run_units(input, [unit], shapes, activation, residual)
+
+
+def preact_units(input: Tensor, units: Sequence[Unit], *, activation: str = "relu") -> Tensor:
+    """Residual units one after the other, each as preact_unit has it.
+
+    input       (N, C, H, W), float32, bfloat16, float16 or float64; fastest in channels_last.
+    units       any number of them; they run UNITS_PER_CALL at a time, with that much less to do
+                for Python and autograd, and without a pass for the statistics between them.
+    activation  "relu" or "silu".
+    Returns     the last unit's output, as preact_unit does.
+
+    Raises ValueError for one value per channel in training and for shapes that do not fit.
+    """
+    _check_input(input)
+    _check_activation(activation)
+    shape: Sequence[int] = input.shape
+    all_shapes = []
+    for j, unit in enumerate(units):
+        shapes, shape = _check_unit(unit, shape, f"units[{j}].")
+        all_shapes.append(shapes)
+    for begin, end in _calls(units):
+        shapes = [shape for shapes in all_shapes[begin:end] for shape in shapes]
+        input = _run_units(input, units[begin:end], shapes, activation)
+    return input
+
+
+def _calls(units: Sequence[Unit]) -> Iterator[tuple[int, int]]:
+    """UNITS_PER_CALL units or fewer at a time; one that reads its input raw starts anew."""
+    begin = 0
+    for j in range(1, len(units) + 1):
+        if j == len(units) or j - begin == UNITS_PER_CALL or units[j].bns[0] is None:
+            yield begin, j
+            begin = j
+
+
+def _run_units(
+    input: Tensor,
+    units: Sequence[Unit],
+    shapes: Sequence[Sequence[int]],
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Units that were checked, in one call; shapes are what their convolutions read."""
     if _runs_eager(input):
-        return reference.preact_unit(input, bns, convs, shortcut, projection, activation, residual)
+        for unit in units:
+            input = reference.preact_unit(input, *unit, activation, residual)
+        return input
     dtype = _compute_dtype(input)
     if dtype != input.dtype:
         input = input.to(dtype)
-    all_convs = list(convs) if projection is None else [*convs, projection]
-    operators = ops.plan(input, *_most_general(all_convs))
+    bns = [bn for unit in units for bn in unit.bns]
+    convs = [conv for unit in units for conv in unit.convs]
+    planned = [conv for unit in units for conv in (*unit.convs, unit.projection) if conv]
+    operators = ops.plan(input, *_most_general(planned))
     input = ops.channels_last(input)
-    first = bns[0]
-    config = _UnitConfig(
-        operators,
+    takes_stats = [bn is not None and bn.training for bn in bns]
+    config = _UnitsConfig(
+        ops.plan_units(operators, planned),
         activation,
-        shortcut,
-        tuple(
-            ops.plan_conv(operators, conv.weight, conv.dilation, conv.groups) for conv in all_convs
-        ),
-        tuple(conv.geometry for conv in all_convs),
-        tuple(None if bn is None else bn.eps for bn in bns),
-        tuple(bn is not None and bn.training for bn in bns),
-        any(bn is not None and bn.training for bn in bns) and not torch.compiler.is_compiling(),
+        [unit.shortcut or "none" for unit in units],
+        [len(unit.convs) for unit in units],
+        [size for conv in planned for size in _flat_geometry(conv)],
+        [0.0 if bn is None else bn.eps for bn in bns],
+        takes_stats,
+        any(takes_stats) and not torch.compiler.is_compiling(),
+        torch.is_grad_enabled(),
         ops.allow_tf32(),
     )
-    given = [None if first is None else _input_statistics(operators, input, first)]
+    given = [None if bns[0] is None else _input_statistics(operators, input, bns[0])]
     given += [
-        None if bn is None or bn.training else _running_statistics(input.dtype, bn)
-        for bn in bns[1:]
+        None if bn is None or bn.training else _running_statistics(dtype, bn) for bn in bns[1:]
     ]
-    tensors: list[Tensor | None] = []
-    for bn, conv, stats in zip(bns, convs, given, strict=True):
-        tensors += [
-            conv.weight,
-            None if bn is None else bn.weight,
-            None if bn is None else bn.bias,
-            stats,
-        ]
     if residual is not None:
         residual = ops.channels_last(residual.to(dtype))
-    tensors.append(None if projection is None else projection.weight)
-    *tensors, projection_weight = map(_with_grad_fn, tensors)
-    output, *stats = _PreActUnit.apply(
-        _with_grad_fn(input), _with_grad_fn(residual), config, projection_weight, *tensors
+    output, *stats = _PreActUnits.apply(
+        input,
+        residual,
+        config,
+        *(conv.weight for conv in convs),
+        *(None if bn is None else bn.weight for bn in bns),
+        *(None if bn is None else bn.bias for bn in bns),
+        *given,
+        *(None if unit.projection is None else unit.projection.weight for unit in units),
     )
-    shapes: list[Sequence[int]] = [input.shape]
-    for conv in convs[:-1]:
-        shapes.append(_conv_shape(shapes[-1], conv))
-    counts = [_values_per_channel(shape) for shape in shapes]
-    _update_running(operators, bns, [given[0], *stats[:-1]], counts)
+    _update_running(operators, bns, [given[0], *stats[:-1]], shapes)
     if config.hands_on:
         _hand_on(output, stats[-1])
     return output
@@ -207,179 +265,110 @@ def preact_unit(
 # --- autograd ------------------------------------------------------------------------------------
 
 
-class _UnitConfig(NamedTuple):
-    operators: Any  # the backend's namespace, ops.plan
+class _UnitsConfig(NamedTuple):
+    """What does not change from call to call; as units.Chain has it."""
+
+    operators: Any  # who has preact_units_forward and _backward, ops.plan_units
     activation: str
-    shortcut: str | None
-    # per convolution, the projection last
-    convs: tuple[Any, ...]  # the namespace that has its three operators, ops.plan_conv
-    geometries: tuple[Any, ...]  # stride, padding, dilation, groups
-    eps: tuple[float | None, ...]  # per BatchNorm, None where there is none
-    batch_stats: tuple[bool, ...]  # per BatchNorm
+    shortcuts: list[str]
+    depths: list[int]
+    geometries: list[int]
+    eps: list[float]
+    batch_stats: list[bool]
     hands_on: bool  # take the output's statistics for the unit that follows
+    with_grad: bool
     allow_tf32: bool
 
 
-class _PreActUnit(Function):
-    """A unit's convolutions with shortcut; saves each u and the affines, nothing else.
+class _PreActUnits(Function):
+    """Units one after the other; saves each u and the affines, nothing else.
 
-    tensors are weight, bn_weight, bn_bias, stats for each convolution; stats is None where the
-    convolution before takes them. Returns the output and, per convolution, the statistics of
-    what it wrote (empty where nobody asks). Gradients are in the accumulator's dtype; autograd
-    casts them to the parameters'.
+    tensors are all weights, bn_weights, bn_biases and stats, one for each convolution, and the
+    projections, one for each unit; stats are None where the convolution before takes them. Returns
+    the output and, for each convolution, the statistics of what it wrote (empty where nobody
+    asks). Gradients are in the accumulator's dtype; autograd casts them to the parameters'.
     """
 
     @staticmethod
-    def forward(ctx, input, residual, config, projection, *tensors):
-        op = config.operators
-        weights, bn_weights, bn_biases, given_stats = (tensors[k::4] for k in range(4))
-        weights = [weight.to(input.dtype) for weight in weights]  # once for both passes
-        projection = None if projection is None else projection.to(input.dtype)
-        last = len(weights) - 1
-        bns = list(zip(bn_weights, bn_biases, config.eps, strict=True))
-        u, affine = input, _affine(op, given_stats[0], *bns[0])
-        inputs, affines, all_stats = [], [], []
-        for i, weight in enumerate(weights):
-            inputs.append(u)
-            affines.append(affine)
-            if i == last and config.shortcut is not None:
-                residual = _shortcut(config, input, affines[0], projection)
-            next_bn = ()
-            if i < last and config.batch_stats[i + 1]:
-                next_bn = _bn_arguments(reference.accumulator(input.dtype), *bns[i + 1])
-            u, stats, affine = config.convs[i].preact_conv_forward(
-                u,
-                affine,
-                weight,
-                residual if i == last else None,
-                *config.geometries[i],
-                config.activation,
-                config.hands_on if i == last else config.batch_stats[i + 1],
-                config.allow_tf32,
-                *next_bn,
-            )
-            all_stats.append(stats)
-            if i < last and not next_bn:
-                affine = _affine(op, given_stats[i + 1], *bns[i + 1])
+    def forward(ctx, input, residual, config, *tensors):
+        dtype, accumulator = input.dtype, reference.accumulator(input.dtype)
+        weights, bn_weights, bn_biases, stats, projections = _split(tensors, len(config.eps))
+        weights, projections = _all_to(dtype, weights), _all_to(dtype, projections)
+        output, inputs, affines, stats = config.operators.preact_units_forward(
+            input,
+            residual,
+            weights,
+            _all_to(accumulator, bn_weights),
+            _all_to(accumulator, bn_biases),
+            stats,
+            config.eps,
+            projections,
+            config.depths,
+            config.geometries,
+            config.shortcuts,
+            config.activation,
+            config.hands_on,
+            config.with_grad and any(ctx.needs_input_grad),
+            config.allow_tf32,
+        )
         ctx.config = config
-        ctx.save_for_backward(projection, *inputs, *affines, *weights)
-        ctx.mark_non_differentiable(*all_stats)
+        ctx.save_for_backward(input, *inputs, *weights, *projections, *affines)
+        ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
-        return u, *all_stats
+        return output, *stats
 
     @staticmethod
     def backward(ctx, dy, *_):
         config = ctx.config
-        op, n = config.operators, len(config.eps)
-        needs_input, needs_residual, _, needs_projection, *needs = _needs_input_grad(ctx)
+        n, units = len(config.eps), len(config.depths)
+        needs_input, needs_residual, _, *needs = _needs_input_grad(ctx)
         if dy is None:
-            return (None,) * (4 + 4 * n)
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        projection, *saved = ctx.saved_tensors
-        inputs, affines, weights = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        input, affine = inputs[0], affines[0]
-
-        # the shortcut's gradient joins at h, before the activation's slope, or at the input
-        joins_h = config.shortcut == "preact" or affine is None
-        to_shortcut = None
-        if config.shortcut is not None and (needs_input or (joins_h and any(needs[1:3]))):
-            to_shortcut = _shortcut_grad(config, dy, input, projection)
-
-        grads: list[Tensor | None] = [None] * (4 * n)
-        deferred = (dy, None, None, None)  # grad, output, output_affine, output_sums
-        for i in reversed(range(n)):
-            needs_weight, needs_gamma, needs_beta = needs[4 * i : 4 * i + 3]
-            conv, geometry = config.convs[i], config.geometries[i]
-            if not (needs_input or any(needs[: 4 * i]) or needs_gamma or needs_beta):
-                if needs_weight:
-                    grads[4 * i] = conv.preact_conv_wgrad(
-                        *deferred,
-                        inputs[i],
-                        affines[i],
-                        weights[i].shape[2:],
-                        *geometry,
-                        config.activation,
-                        config.allow_tf32,
-                    )
-                break
-            frozen = affines[i] is not None and not config.batch_stats[i]
-            gradients = conv.preact_conv_backward if needs_weight else conv.preact_conv_dgrad
-            g, sums, *dw = gradients(
-                *deferred,
-                weights[i],
-                inputs[i],
-                affines[i],
-                to_shortcut if i == 0 and joins_h else None,
-                *geometry,
-                config.activation,
-                config.batch_stats[i] or needs_gamma or needs_beta,
-                config.allow_tf32,
-                frozen,
-                to_shortcut if i == 0 and frozen and not joins_h else None,
-            )
-            grads[4 * i] = dw[0] if needs_weight else None
-            grads[4 * i + 1] = sums[1] if needs_gamma else None
-            grads[4 * i + 2] = sums[0] if needs_beta else None
-            # with frozen statistics, or without any, g is the gradient of inputs[i] itself
-            deferred = g, None, None, None
-            if config.batch_stats[i]:
-                deferred = g, inputs[i], affines[i], sums
-
-        dx = dw_projection = None
-        if needs_input:
-            dx = deferred[0]
-            if config.batch_stats[0]:
-                dx = op.residual_grad(None if joins_h else to_shortcut, *deferred)
-        if needs_projection:
-            dw_projection = config.convs[-1].preact_conv_wgrad(
-                dy,
-                None,
-                None,
-                None,
-                input,
-                affine if config.shortcut == "preact" else None,
-                projection.shape[2:],
-                *config.geometries[-1],
-                config.activation,
-                config.allow_tf32,
-            )
-        return _once(dx, dy if needs_residual else None, None, dw_projection, *grads)
-
-
-def _shortcut(config, input, affine, projection):
-    op = config.operators
-    affine = affine if config.shortcut == "preact" else None
-    if projection is not None:
-        return config.convs[-1].preact_conv_forward(
-            input,
-            affine,
-            projection,
-            None,
-            *config.geometries[-1],
+            return (None,) * (3 + 4 * n + units)
+        needs_weights, needs_gammas, needs_betas, _, needs_projections = _split(needs, n)
+        saved = ctx.saved_tensors
+        dx, dweights, sums, dprojections = config.operators.preact_units_backward(
+            dy.contiguous(memory_format=torch.channels_last),
+            saved[:n],
+            saved[2 * n + units :],
+            saved[n : 2 * n],
+            config.batch_stats,
+            saved[2 * n : 2 * n + units],
+            config.depths,
+            config.geometries,
+            config.shortcuts,
             config.activation,
-            False,
+            needs_input,
+            needs_weights,
+            [gamma or beta for gamma, beta in zip(needs_gammas, needs_betas, strict=True)],
+            needs_projections,
             config.allow_tf32,
-        )[0]
-    return input if affine is None else op.bn_relu_forward(input, affine, config.activation)
+        )
+        return _once(
+            dx if needs_input else None,
+            dy if needs_residual else None,
+            None,
+            *_where(needs_weights, dweights),
+            *(s[1] if needs else None for needs, s in zip(needs_gammas, sums, strict=True)),
+            *(s[0] if needs else None for needs, s in zip(needs_betas, sums, strict=True)),
+            *(None,) * n,
+            *_where(needs_projections, dprojections),
+        )
 
 
-def _shortcut_grad(config, dy, input, projection):
-    if projection is None:
-        return dy
-    return config.convs[-1].preact_conv_dgrad(
-        dy,
-        None,
-        None,
-        None,
-        projection,
-        input,
-        None,
-        None,
-        *config.geometries[-1],
-        config.activation,
-        False,
-        config.allow_tf32,
-    )[0]
+def _split(values: Sequence[Any], n: int) -> list[Sequence[Any]]:
+    """Four times n of them, and the rest."""
+    return [values[k * n : (k + 1) * n] for k in range(4)] + [values[4 * n :]]
+
+
+def _where(needs: Sequence[bool], grads: Sequence[Tensor]) -> Iterator[Tensor | None]:
+    return (grad if need else None for need, grad in zip(needs, grads, strict=True))
+
+
+def _all_to(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+        for tensor in tensors
+    ]
 
 
 class _BnReluConfig(NamedTuple):
@@ -393,7 +382,8 @@ class _BnRelu(Function):
     @staticmethod
     def forward(ctx, input, config, stats, bn_weight, bn_bias):
         op = config.operators
-        affine = _affine(op, stats, bn_weight, bn_bias, config.eps)
+        weight, bias = _all_to(stats.dtype, [bn_weight, bn_bias])
+        affine = op.bn_affine(stats, weight, bias, config.eps)
         ctx.config = config
         ctx.save_for_backward(input, affine)
         return op.bn_relu_forward(input, affine, config.activation)
@@ -415,24 +405,20 @@ class _BnRelu(Function):
         return _once(dx, None, None, dgamma, dbeta)
 
 
-def _with_grad_fn(tensor: Tensor | None) -> Tensor | None:
-    """A leaf that requires a gradient as a view of itself; anything else as it is."""
-    if tensor is None or not (tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()):
-        return tensor
-    return tensor.view_as(tensor)
-
-
 def _needs_input_grad(ctx: Any) -> tuple[bool, ...]:
-    """ctx.needs_input_grad, less what torch.autograd.grad(outputs, inputs) does not ask for.
-
-    The engine tells for a tensor that has a grad_fn, not for a leaf: see _with_grad_fn.
-    """
+    """ctx.needs_input_grad, less what torch.autograd.grad(outputs, inputs) does not ask for."""
     if torch.compiler.is_compiling():
         return ctx.needs_input_grad
     nodes = (node for node, _ in ctx.next_functions if node is not None)
-    return tuple(
-        needs and torch._C._will_engine_execute_node(next(nodes)) for needs in ctx.needs_input_grad
-    )
+    return tuple(needs and _is_wanted(next(nodes)) for needs in ctx.needs_input_grad)
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether the engine will hand a gradient to a node that follows the one that runs now."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf, and only of one that torch.autograd.grad asks for
+        return True
 
 
 class _Once(Function):
@@ -455,18 +441,6 @@ def _once(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return grads
     anchor = torch.zeros((), requires_grad=True)
     return _Once.apply(anchor, *grads)
-
-
-def _affine(op, stats, weight, bias, eps):
-    if eps is None:
-        return None
-    return op.bn_affine(stats, *_bn_arguments(stats.dtype, weight, bias, eps))
-
-
-def _bn_arguments(dtype, weight, bias, eps):
-    weight = None if weight is None else weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return weight, bias, eps
 
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -495,17 +469,16 @@ def _running_statistics(dtype: torch.dtype, bn: BatchNorm) -> Tensor:
     return stats.to(reference.accumulator(dtype))
 
 
-@torch.no_grad()
 def _update_running(
     operators: Any,
     bns: Sequence[BatchNorm | None],
     stats: Sequence[Tensor | None],
-    counts: Sequence[int],
+    shapes: Sequence[Sequence[int]],
 ) -> None:
-    """By the batch statistics, each of so many values a channel, in one launch."""
+    """By the batch statistics of activations of these shapes, in one launch."""
     updates = [
-        (bn.running_mean, bn.running_var, batch, bn.momentum, count)
-        for bn, batch, count in zip(bns, stats, counts, strict=True)
+        (bn.running_mean, bn.running_var, batch, bn.momentum, _values_per_channel(shape))
+        for bn, batch, shape in zip(bns, stats, shapes, strict=True)
         if bn is not None and bn.training and bn.running_mean is not None
     ]
     if updates:
@@ -552,9 +525,8 @@ def _values_per_channel(shape: Sequence[int]) -> int:
     return shape[0] * shape[2] * shape[3]
 
 
-def _conv_shape(shape: Sequence[int], conv: Conv) -> tuple[int, ...]:
-    size = ops.output_size(shape, conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation)
-    return shape[0], conv.weight.shape[0], *size
+def _flat_geometry(conv: Conv) -> tuple[int, ...]:
+    return *conv.stride, *conv.padding, *conv.dilation, conv.groups
 
 
 def _most_general(convs: Sequence[Conv]) -> tuple[tuple[int, int], int, int]:
@@ -597,7 +569,8 @@ def _check_batch(bn: BatchNorm | None, shape: Sequence[int]) -> None:
         )
 
 
-def _check_conv(conv: Conv, shape: Sequence[int], name: str) -> None:
+def _check_conv(conv: Conv, shape: Sequence[int], name: str) -> tuple[int, ...]:
+    """Raises ValueError; returns the shape of the output."""
     weight = conv.weight
     if weight.dim() != 4 or weight.shape[1] * conv.groups != shape[1]:
         raise ValueError(
@@ -609,48 +582,46 @@ def _check_conv(conv: Conv, shape: Sequence[int], name: str) -> None:
             f"{name}: expected stride and dilation >= 1 and padding >= 0, got stride "
             f"{conv.stride}, dilation {conv.dilation}, padding {conv.padding}"
         )
-    if min(_conv_shape(shape, conv)[2:]) < 1:
+    size = fakes.output_size(shape, weight.shape[2:], conv.stride, conv.padding, conv.dilation)
+    if min(size) < 1:
         raise ValueError(
             f"{name}: a kernel of {tuple(weight.shape[2:])} does not fit into an input of "
             f"{tuple(shape[2:])} with padding {conv.padding}"
         )
+    return shape[0], weight.shape[0], *size
 
 
 def _check_unit(
-    input: Tensor,
-    bns: Sequence[BatchNorm | None],
-    convs: Sequence[Conv],
-    shortcut: str | None,
-    projection: Conv | None,
-    activation: str,
-    residual: Tensor | None,
-) -> None:
-    _check_input(input)
-    _check_activation(activation)
+    unit: Unit, shape: Sequence[int], name: str = ""
+) -> tuple[list[Sequence[int]], Sequence[int]]:
+    """Raises ValueError; returns the shapes that its convolutions read, and that of its output."""
+    bns, convs, shortcut, projection = unit
     if shortcut not in (None, "input", "preact"):
-        raise ValueError(f"shortcut: expected None, 'input' or 'preact', got {shortcut!r}")
+        raise ValueError(f"{name}shortcut: expected None, 'input' or 'preact', got {shortcut!r}")
     if shortcut is None and projection is not None:
-        raise ValueError("projection: expected None where there is no shortcut")
-    if shortcut is not None and residual is not None:
-        raise ValueError("residual: expected None where there is a shortcut")
+        raise ValueError(f"{name}projection: expected None where there is no shortcut")
     if len(bns) != len(convs) or any(bn is None for bn in bns[1:]):
         raise ValueError(
-            "bns: expected one BatchNorm for each convolution; only the first may be None"
+            f"{name}bns: expected one BatchNorm for each convolution; only the first may be None"
         )
-    shape: Sequence[int] = input.shape
-    single = len(convs) == 1
-    for i, (bn, conv) in enumerate(zip(bns, convs, strict=True)):
-        if bn is not None:
-            _check_bn(bn, shape[1], "" if single else f"bns[{i}].")
-            _check_batch(bn, shape)
-        _check_conv(conv, shape, "weight" if single else f"convs[{i}].weight")
-        shape = _conv_shape(shape, conv)
-    added: Sequence[int] | None = None if residual is None else residual.shape
-    name = "residual"
+    added = None
     if shortcut is not None:
-        added, name = input.shape, "shortcut"
+        added = shape
         if projection is not None:
-            _check_conv(projection, input.shape, "projection.weight")
-            added = _conv_shape(input.shape, projection)
-    if added is not None and tuple(added) != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(added)}")
+            added = _check_conv(projection, shape, f"{name}projection.weight")
+    shapes = []
+    single = len(convs) == 1 and not name
+    for i, (bn, conv) in enumerate(zip(bns, convs, strict=True)):
+        shapes.append(shape)
+        if bn is not None:
+            _check_bn(bn, shape[1], "" if single else f"{name}bns[{i}].")
+            _check_batch(bn, shape)
+        shape = _check_conv(conv, shape, "weight" if single else f"{name}convs[{i}].weight")
+    if added is not None:
+        _check_added(f"{name}shortcut", added, shape)
+    return shapes, shape
+
+
+def _check_added(name: str, shape: Sequence[int], output: Sequence[int]) -> None:
+    if tuple(shape) != tuple(output):
+        raise ValueError(f"{name}: expected shape {tuple(output)}, got {tuple(shape)}")

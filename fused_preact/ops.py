@@ -1,8 +1,7 @@
 """The operators and the planner that chooses who runs them.
 
-Every backend is a namespace that holds the same ten functions, with the signatures of
-reference.py: bn_stats, bn_affine, bn_update_running, bn_relu_forward, bn_relu_backward,
-preact_conv_forward, preact_conv_dgrad, preact_conv_wgrad, preact_conv_backward, residual_grad.
+Every backend is a namespace that holds the same functions for single layers, LAYER_OPERATORS, with
+the signatures of reference.py.
 
     reference   plain PyTorch, every device and dtype
     cpu         torch.ops.fused_preact on CPU tensors: the C++ kernels of csrc/cpu
@@ -10,26 +9,42 @@ preact_conv_forward, preact_conv_dgrad, preact_conv_wgrad, preact_conv_backward,
     triton      torch.ops.fused_preact_triton on CUDA tensors; on CPU tensors in its interpreter
 
 plan() picks one for a whole unit, forward and backward, plan_conv() then for each convolution
-whether its own kernels run it, or PyTorch's convolution between pointwise ones (composed.py). Three
-more names can be asked for: "auto", the planner's own choice; "composed", every convolution by
-PyTorch; and "eager", PyTorch's layers under PyTorch's autograd (double backward, export).
+whether its own kernels run it, or PyTorch's convolution between pointwise ones (composed.py).
+plan_units() gives what runs units one after the other: torch.ops.fused_preact in one call where all
+of their convolutions are native, else layer by layer (units.py).
+
+Three more names can be asked for: "auto", the planner's own choice; "composed", every convolution
+by PyTorch; and "eager", PyTorch's layers under PyTorch's autograd (double backward, export).
 """
 
 import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _C, reference  # _C registers torch.ops.fused_preact
+from . import _C, fakes, reference  # _C registers torch.ops.fused_preact
 from .composed import Composed
+from .units import Chain
 
 BACKENDS = ("auto", "composed", "eager", "reference", "cpu", "cuda", "triton")
+LAYER_OPERATORS = (
+    "bn_stats",
+    "bn_affine",
+    "bn_update_running",
+    "bn_relu_forward",
+    "bn_relu_backward",
+    "preact_conv_forward",
+    "preact_conv_dgrad",
+    "preact_conv_wgrad",
+    "preact_conv_backward",
+    "residual_grad",
+)
 
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
@@ -110,6 +125,17 @@ def plan_conv(operators: Any, weight: Tensor, dilation: tuple[int, int], groups:
         general = general or weight.shape[2:].numel() > _MOST_CUDA_TAPS
     wide = weight.numel() >= _COMPOSED_FROM[weight.device.type]
     return Composed(operators) if general or wide or _forced == "composed" else operators
+
+
+def plan_units(operators: Any, convs: Sequence[Any]) -> Any:
+    """Who has preact_units_forward and _backward for units that plan() gave to operators.
+
+    convs are their convolutions, functional.Conv, in the order of units.Chain.
+    """
+    each = tuple(plan_conv(operators, conv.weight, conv.dilation, conv.groups) for conv in convs)
+    if any(conv is not operators for conv in each):
+        return Chain(operators, each)
+    return operators if operators is torch.ops.fused_preact else Chain(operators)
 
 
 def channels_last(input: Tensor) -> Tensor:
@@ -230,8 +256,7 @@ def _triton_status() -> str | None:
 def _register_triton() -> None:
     """Fills torch.ops.fused_preact_triton."""
     importlib.import_module("fused_preact.triton")
-    for name, fake in _FAKES.items():
-        torch.library.register_fake(f"fused_preact_triton::{name}", fake)
+    _register_fakes("fused_preact_triton")
 
 
 def _checked(name: str, source: str) -> str:
@@ -247,141 +272,19 @@ _warned: set[str] = set()
 _forced = _checked(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT)
 
 
-# --- fake kernels: shapes, dtypes and strides for torch.compile ----------------------------------
+# --- fake kernels, for torch.compile --------------------------------------------------------------
 
 
-_FAKES: dict[str, Callable[..., Any]] = {}
+def _register_fakes(namespace: str) -> None:
+    for name in LAYER_OPERATORS:
+        torch.library.register_fake(f"{namespace}::{name}", getattr(fakes, name))
 
 
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the operator's fake kernel, which all backends share."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _FAKES[name] = function
-        return torch.library.register_fake(f"fused_preact::{name}", function)
-
-    return register
+def _register_unit_fakes() -> None:
+    chain = Chain(fakes)
+    for function in chain.preact_units_forward, chain.preact_units_backward:
+        torch.library.register_fake(f"fused_preact::{function.__name__}", function)
 
 
-def _vectors(like: Tensor, rows: int, channels: int | torch.SymInt) -> Tensor:
-    return like.new_empty((rows, channels), dtype=reference.accumulator(like.dtype))
-
-
-def _activations(like: Tensor, shape: Any) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
-
-
-def output_size(
-    input_shape: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any
-) -> tuple[Any, Any]:
-    """Height and width of a convolution's output; padding is (top, bottom, left, right)."""
-    top, bottom, left, right = padding
-    height = input_shape[2] + top + bottom - dilation[0] * (kernel_size[0] - 1) - 1
-    width = input_shape[3] + left + right - dilation[1] * (kernel_size[1] - 1) - 1
-    return height // stride[0] + 1, width // stride[1] + 1
-
-
-@_fake("bn_stats")
-def _(input):
-    return _vectors(input, 2, input.shape[1])
-
-
-@_fake("bn_affine")
-def _(stats, weight, bias, eps):
-    return stats.new_empty((4, stats.shape[1]))
-
-
-@_fake("bn_update_running")
-def _(running_mean, running_var, stats, momentum, counts):
-    return None
-
-
-@_fake("bn_relu_forward")
-def _(input, affine, activation):
-    return _activations(input, input.shape)
-
-
-@_fake("bn_relu_backward")
-def _(grad, input, affine, activation, with_sums, frozen=False, residual=None):
-    return _activations(input, input.shape), _vectors(input, 2, input.shape[1] * with_sums)
-
-
-@_fake("preact_conv_forward")
-def _(
-    input,
-    affine,
-    weight,
-    residual,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation,
-    with_stats,
-    allow_tf32=False,
-    next_weight=None,
-    next_bias=None,
-    next_eps=None,
-):
-    size = output_size(input.shape, weight.shape[2:], stride, padding, dilation)
-    output = _activations(input, (input.shape[0], weight.shape[0], *size))
-    stats = _vectors(input, 2, weight.shape[0] if with_stats else 0)
-    return output, stats, _vectors(input, 4, 0 if next_eps is None else weight.shape[0])
-
-
-@_fake("preact_conv_dgrad")
-def _(
-    grad,
-    output,
-    output_affine,
-    output_sums,
-    weight,
-    input,
-    affine,
-    addend,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation,
-    with_sums,
-    allow_tf32=False,
-    frozen=False,
-    residual=None,
-):
-    channels = 0 if affine is None or not with_sums else input.shape[1]
-    return _activations(input, input.shape), _vectors(input, 2, channels)
-
-
-@_fake("preact_conv_wgrad")
-def _(
-    grad,
-    output,
-    output_affine,
-    output_sums,
-    input,
-    affine,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation,
-    allow_tf32=False,
-):
-    shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
-    return _activations(input, shape).to(reference.accumulator(input.dtype))
-
-
-@_fake("preact_conv_backward")
-def _(grad, output, output_affine, output_sums, weight, input, *rest):
-    dgrad = _FAKES["preact_conv_dgrad"]
-    g, sums = dgrad(grad, output, output_affine, output_sums, weight, input, *rest)
-    return g, sums, _activations(input, weight.shape).to(reference.accumulator(input.dtype))
-
-
-@_fake("residual_grad")
-def _(grad, g, input, affine, sums):
-    return _activations(input, input.shape)
+_register_fakes("fused_preact")
+_register_unit_fakes()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import PreActBlock, PreActBottleneck, PreActUnit, bn_activation
+from .blocks import PreActBlock, PreActBottleneck, PreActStage, PreActUnit, bn_activation
 
 _IMAGENET: dict[int, tuple[type[PreActUnit], tuple[int, ...]]] = {
     18: (PreActBlock, (2, 2, 2, 2)),
@@ -87,7 +87,7 @@ class PreActResNet(nn.Module):
         else:
             self.conv1 = nn.Conv2d(3, planes, 3, padding=1, bias=False)
         for stage, (count, width) in enumerate(zip(num_blocks, widths, strict=True)):
-            units = nn.Sequential()
+            units = PreActStage()
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 preact = first_unit if stage == 0 and i == 0 else None

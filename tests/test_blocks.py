@@ -47,15 +47,15 @@ def make(unit="bottleneck", in_planes=8, planes=None, stride=1, dtype=WIRING, **
 @pytest.fixture
 def runs_fused(monkeypatch):
     """Counts the units that ran as one function instead of child by child."""
-    calls = []
-    original = functional.preact_unit
+    ran = []
+    original = functional.preact_units
 
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
+    def counted(input, units, **kwargs):
+        ran.extend(units)
+        return original(input, units, **kwargs)
 
-    monkeypatch.setattr(functional, "preact_unit", counted)
-    return lambda: len(calls)
+    monkeypatch.setattr(functional, "preact_units", counted)
+    return lambda: len(ran)
 
 
 # --- arithmetic ----------------------------------------------------------------------------------

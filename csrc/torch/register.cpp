@@ -1,6 +1,7 @@
 // The operators fused_preact::*: their schemas and the CPU kernels, through LibTorch's stable ABI.
 #include "operators.h"
 #include "runtime.h"
+#include "units.h"
 
 namespace preact {
 namespace {
@@ -16,7 +17,13 @@ class CpuDevice {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fused_preact, m) { define_operators(m); }
-STABLE_TORCH_LIBRARY_IMPL(fused_preact, CPU, m) { implement_operators<CpuDevice>(m); }
+STABLE_TORCH_LIBRARY(fused_preact, m) {
+  define_operators(m);
+  define_unit_operators(m);
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
+  implement_operators<CpuDevice>(m);
+  implement_unit_operators<CpuDevice>(m);
+}
 
 }  // namespace preact

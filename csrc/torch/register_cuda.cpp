@@ -3,10 +3,14 @@
 
 #include "cuda_device.h"
 #include "operators.h"
+#include "units.h"
 
 namespace preact {
 
-STABLE_TORCH_LIBRARY_IMPL(fused_preact, CUDA, m) { implement_operators<CudaDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_preact, CUDA, m) {
+  implement_operators<CudaDevice>(m);
+  implement_unit_operators<CudaDevice>(m);
+}
 
 }  // namespace preact
 

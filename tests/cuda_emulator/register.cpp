@@ -2,6 +2,7 @@
 // launchers as on a GPU.
 #include "../../csrc/cuda/ptx.cuh"
 #include "../../csrc/torch/operators.h"
+#include "../../csrc/torch/units.h"
 
 namespace preact {
 namespace {
@@ -29,7 +30,13 @@ class EmulatedDevice {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(PREACT_EMULATOR, m) { define_operators(m); }
-STABLE_TORCH_LIBRARY_IMPL(PREACT_EMULATOR, CPU, m) { implement_operators<EmulatedDevice>(m); }
+STABLE_TORCH_LIBRARY(PREACT_EMULATOR, m) {
+  define_operators(m);
+  define_unit_operators(m);
+}
+STABLE_TORCH_LIBRARY_IMPL(PREACT_EMULATOR, CPU, m) {
+  implement_operators<EmulatedDevice>(m);
+  implement_unit_operators<EmulatedDevice>(m);
+}
 
 }  // namespace preact

@@ -1,5 +1,6 @@
 """Every CUDA kernel on small odd shapes, without a GPU, and what the emulator finds wrong."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -13,9 +14,10 @@ from cuda_emulator.build import broken, build
 from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
 from cuda_emulator.emulator import Emulator
 from numerics import assert_rule, make_case, tf32
-from operands import calls_with
+from operands import calls_with, units_operands
 
 from fused_preact import ops, reference
+from fused_preact.units import Chain
 
 DTYPES = list(TOLERANCES)
 CONVOLUTIONS = ("preact_conv_forward", "preact_conv_dgrad", "preact_conv_wgrad")
@@ -128,6 +130,25 @@ def test_units_keep_the_tolerance_rule_in_tf32(emulator, monkeypatch, unit):
     """Likewise where PyTorch allows TF32, its default."""
     monkeypatch.setattr(ops, "plan", lambda *_: emulator.operators)
     assert_rule(make_case(torch.float32, **UNITS[unit]), torch.float32, allow_tf32=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_units_in_one_call(emulator, dtype):
+    """Bit for bit what the operators for single layers give, one after the other."""
+    units = [
+        ([(8, 1, 2), (8, 3, 1), (24, 1, 1)], "preact", 24),
+        ([(24, 3, 1), (24, 3, 1)], "input", None),
+    ]
+    o = units_operands(dtype, units, lambda k: k != 3, False)
+    forward = o.forward(with_stats=True, for_backward=True)
+    kept = []
+    for operators in (emulator.operators, Chain(emulator.operators)):
+        output, inputs, affines, stats = operators.preact_units_forward(*forward)
+        backward = o.backward(inputs, affines, True, True, True, True)
+        dinput, *gradients = operators.preact_units_backward(*backward)
+        kept.append([output, dinput, *stats, *itertools.chain(*gradients)])
+    for one, other in zip(*kept, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("shape", SHAPES[4:9], ids=str)

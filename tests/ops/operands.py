@@ -1,6 +1,8 @@
-"""Arguments for the operators: one pre-activated convolution with all that surrounds it."""
+"""Arguments for the operators: one pre-activated convolution with all that surrounds it; units."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from numerics import make_case
@@ -110,3 +112,100 @@ def calls_with(input: Tensor) -> dict[str, tuple]:
         "preact_conv_backward": (*dy, weight, input, affine, None, *rest, True),
         "residual_grad": (None, input, input, affine, sums),
     }
+
+
+@dataclass(frozen=True)
+class UnitsOperands:
+    """Operands of units one after the other."""
+
+    input: Tensor
+    residual: Tensor | None
+    grad: Tensor
+    weights: list[Tensor]
+    bn_weights: list[Tensor | None]
+    bn_biases: list[Tensor | None]
+    stats: list[Tensor | None]
+    batch_stats: list[bool]
+    projections: list[Tensor | None]
+    depths: list[int]
+    geometries: list[int]
+    shortcuts: list[str]
+
+    def forward(self, *, with_stats: bool, for_backward: bool) -> tuple[Any, ...]:
+        """Arguments of preact_units_forward."""
+        vectors = self.bn_weights, self.bn_biases, self.stats, [1e-5] * len(self.weights)
+        layers = self.projections, self.depths, self.geometries, self.shortcuts, "relu"
+        rest = *layers, with_stats, for_backward
+        return self.input, self.residual, self.weights, *vectors, *rest
+
+    def backward(
+        self,
+        inputs: list[Tensor],
+        affines: list[Tensor],
+        needs_input: bool,
+        needs_weights: bool | list[bool],
+        needs_sums: bool | list[bool],
+        needs_projections: bool,
+    ) -> tuple[Any, ...]:
+        """Arguments of preact_units_backward; a bool stands for all of its list."""
+
+        def each(needs: bool | list[bool]) -> list[bool]:
+            return needs if isinstance(needs, list) else [needs] * len(self.weights)
+
+        layers = self.projections, self.depths, self.geometries, self.shortcuts, "relu"
+        saved = [self.input, *inputs], affines, self.weights, self.batch_stats
+        wanted = each(needs_weights), each(needs_sums)
+        projected = [needs_projections and weight is not None for weight in self.projections]
+        return self.grad, *saved, *layers, needs_input, *wanted, projected
+
+
+def units_operands(
+    dtype: torch.dtype,
+    units: list[tuple[list[tuple[int, int, int]], str, int | None]],
+    takes_batch: Callable[[int], bool],
+    raw: bool,
+) -> UnitsOperands:
+    """Random operands of units on an input of 16 channels.
+
+    Each unit is its convolutions (filters, kernel, stride), its shortcut, and the filters of its
+    projection or None. takes_batch: whether the BatchNorm of a convolution takes the batch's
+    statistics. raw: the first convolution has no BatchNorm.
+    """
+    generator = torch.Generator().manual_seed(0)
+    acc = reference.accumulator(dtype)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def activation(*size: int) -> Tensor:
+        return randn(*size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    channels, height, width = 16, 6, 5
+    input = activation(3, channels, height, width)
+    o = UnitsOperands(input, None, input, *([] for _ in range(9)))
+    for convs, shortcut, projection in units:
+        unit_channels, unit_stride = channels, 1
+        for filters, kernel, stride in convs:
+            k = len(o.weights)
+            o.weights.append(activation(filters, channels, kernel, kernel) * 0.3)
+            for vectors in o.bn_weights, o.bn_biases:
+                vectors.append(None if k % 3 == 2 else randn(channels).to(acc))
+            batch = takes_batch(k)
+            stats = torch.stack((randn(channels), randn(channels).square() + 0.5)).to(acc)
+            if k == 0 and batch:
+                stats = reference.bn_stats(input)
+            no_bn = k == 0 and raw
+            o.stats.append(None if no_bn or (k > 0 and batch) else stats)
+            o.batch_stats.append(batch and not no_bn)
+            o.geometries.extend((stride, stride, *(kernel // 2,) * 4, 1, 1, 1))
+            channels, unit_stride = filters, unit_stride * stride
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        o.depths.append(len(convs))
+        o.shortcuts.append(shortcut)
+        o.projections.append(None)
+        if projection is not None:
+            o.projections[-1] = activation(projection, unit_channels, 1, 1) * 0.3
+            o.geometries.extend((unit_stride, unit_stride, 0, 0, 0, 0, 1, 1, 1))
+    output = 3, channels, height, width
+    residual = activation(*output) if o.shortcuts[-1] == "none" else None
+    return replace(o, residual=residual, grad=activation(*output))

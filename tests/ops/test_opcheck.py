@@ -6,7 +6,7 @@ have no formula of their own.
 
 import pytest
 import torch
-from operands import DEFERRED, GEOMETRIES, operands
+from operands import DEFERRED, GEOMETRIES, operands, units_operands
 
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -103,3 +103,14 @@ def test_residual_grad(absent, check):
     o = _operands(check, "3x3 of one channel", deferred=True)
     grad = None if absent else o.residual
     check("residual_grad", grad, o.addend, o.input, o.affine, o.deferred[2])
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_preact_units(raw, check):
+    """Likewise, both passes, with and without a BatchNorm in front."""
+    units = [([(8, 3, 1), (12, 1, 2)], "preact", 12), ([(12, 3, 1)], "input", None)]
+    o = units_operands(check.dtype, units, lambda k: k != 1, raw)
+    forward = o.forward(with_stats=True, for_backward=True)
+    check("preact_units_forward", *forward)
+    inputs, affines = torch.ops.fused_preact.preact_units_forward(*forward)[1:3]
+    check("preact_units_backward", *o.backward(inputs, affines, True, True, not raw, True))
