@@ -91,6 +91,7 @@ void parallel_for(const Runtime& runtime, int64_t count, const F& f) {
 enum class Buffer {
   kWeight,
   kPartial,
+  kStatistics,
   kVectors,
   kSource,
   kGrad,

@@ -44,20 +44,29 @@ PREACT_INLINE A exponential(A x) {
 }
 
 struct Relu {
-  template <typename A>
-  static PREACT_INLINE A value(A z) {
-    return z < 0 ? A(0) : z;
+  template <typename A, typename O>
+  static PREACT_INLINE void value(A z, O& h) {
+    narrow(z < 0 ? A(0) : z, h);
+  }
+  // As an integer a negative bfloat16 is negative too, and what narrow() makes of a NaN is not.
+  static PREACT_INLINE void value(float z, bf16& h) {
+    bf16 rounded;
+    narrow(z, rounded);
+    const int16_t bits = static_cast<int16_t>(rounded.bits);
+    h.bits = static_cast<uint16_t>(bits < 0 ? 0 : bits);
   }
   template <typename A>
   static PREACT_INLINE A gradient(A dh, A z) {
-    return z <= 0 ? A(0) : dh;
+    using Bits = typename ExpConstants<A>::Bits;
+    const Bits keep = z <= 0 ? Bits(0) : ~Bits(0);
+    return std::bit_cast<A>(std::bit_cast<Bits>(dh) & keep);
   }
 };
 
 struct Silu {
-  template <typename A>
-  static PREACT_INLINE A value(A z) {
-    return z / (1 + exponential(-z));
+  template <typename A, typename O>
+  static PREACT_INLINE void value(A z, O& h) {
+    narrow(z / (1 + exponential(-z)), h);
   }
   template <typename A>
   static PREACT_INLINE A gradient(A dh, A z) {
@@ -66,12 +75,25 @@ struct Silu {
   }
 };
 
-// Calls f(channels); narrow rows, whose loops would be mostly overhead, get code of their own.
-template <typename F>
-PREACT_INLINE void with_channels(int64_t channels, const F& f) {
-  if (channels == 16) return f(int64_t{16});
-  if (channels == 32) return f(int64_t{32});
-  f(channels);
+// Calls f(at, first, rows, columns, pitch) for blocks of rows and channels: at is where a block
+// starts in [rows, channels], first its first channel, pitch is channels. Where columns is a
+// constant, mean, scale and the like stay in registers over all rows of a block, and so do sums.
+template <int64_t kColumns = 64, typename F>
+PREACT_INLINE void in_blocks(int64_t rows, int64_t channels, const F& f) {
+  constexpr int64_t kRows = 16;
+  if (channels == 16) return f(int64_t{0}, int64_t{0}, rows, int64_t{16}, int64_t{16});
+  if (kColumns > 32 && channels == 32)
+    return f(int64_t{0}, int64_t{0}, rows, int64_t{32}, int64_t{32});
+  if (channels % kColumns != 0) return f(int64_t{0}, int64_t{0}, rows, channels, channels);
+  const int64_t together = channels == kColumns ? rows : kRows;
+  for (int64_t row = 0; row < rows; row += together)
+    for (int64_t first = 0; first < channels; first += kColumns)
+      f(row * channels + first, first, std::min(together, rows - row), kColumns, channels);
+}
+
+template <typename T>
+PREACT_INLINE T* offset(T* values, int64_t count) {
+  return values ? values + count : nullptr;
 }
 
 // Calls f<4>(row) or f<1>(row) for all rows: sums over four rows stay in registers.
@@ -88,12 +110,13 @@ PREACT_INLINE A preactivation(A u, A mean, A scale, A shift) {
 }
 
 template <typename Act, typename S, typename A, typename O>
-PREACT_INLINE void activate(const S* u, int64_t rows, int64_t channels, const A* affine, O* h) {
-  const A *mean = affine, *scale = affine + 2 * channels, *shift = affine + 3 * channels;
-  for (int64_t row = 0; row < rows; ++row, u += channels, h += channels) {
+PREACT_INLINE void activate(const S* u, int64_t rows, int64_t columns, int64_t pitch,
+                            const A* __restrict affine, O* __restrict h) {
+  const A *mean = affine, *scale = affine + 2 * pitch, *shift = affine + 3 * pitch;
+  for (int64_t row = 0; row < rows; ++row, u += pitch, h += pitch) {
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c)
-      narrow(Act::value(preactivation(widen(u[c]), mean[c], scale[c], shift[c])), h[c]);
+    for (int64_t c = 0; c < columns; ++c)
+      Act::value(preactivation(widen(u[c]), mean[c], scale[c], shift[c]), h[c]);
   }
 }
 
@@ -108,29 +131,29 @@ PREACT_INLINE void convert(const S* in, int64_t count, O* out) {
 }
 
 template <typename S, typename A, typename O>
-PREACT_INLINE void output_grad(const S* g, const S* output, int64_t rows, int64_t channels,
-                               const A* coefficients, O* dy) {
-  const A *mean = coefficients, *a = mean + channels, *b = a + channels, *d = b + channels;
-  for (int64_t row = 0; row < rows; ++row, g += channels, output += channels, dy += channels) {
+PREACT_INLINE void output_grad(const S* g, const S* output, int64_t rows, int64_t columns,
+                               int64_t pitch, const A* __restrict coefficients, O* __restrict dy) {
+  const A *mean = coefficients, *a = mean + pitch, *b = a + pitch, *d = b + pitch;
+  for (int64_t row = 0; row < rows; ++row, g += pitch, output += pitch, dy += pitch) {
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c)
+    for (int64_t c = 0; c < columns; ++c)
       narrow(a[c] * widen(g[c]) + b[c] * (widen(output[c]) - mean[c]) + d[c], dy[c]);
   }
 }
 
 template <bool kAddend, bool kSum, typename S, typename A>
-PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t channels, S* out,
-                         A* total) {
+PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t columns, int64_t pitch,
+                         S* out, A* total) {
   in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
-    A* const in = tile + row * channels;
-    const S* const more = kAddend ? addend + row * channels : nullptr;
-    S* const to = out + row * channels;
+    A* const in = tile + row * pitch;
+    const S* const more = kAddend ? addend + row * pitch : nullptr;
+    S* const to = out + row * pitch;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       A sum = 0;
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kRows; ++i) {
-        const int64_t at = i * channels + c;
+        const int64_t at = i * pitch + c;
         narrow(kAddend ? in[at] + widen(more[at]) : in[at], to[at]);
         const A stored = widen(to[at]);
         if constexpr (kAddend || !std::is_same_v<S, A>) in[at] = stored;
@@ -142,27 +165,29 @@ PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t channel
 }
 
 template <typename S, typename A>
-PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t channels, S* out, A* sum) {
+PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t columns, int64_t pitch,
+                         S* out, A* sum) {
   if (addend && sum)
-    store<true, true>(tile, addend, rows, channels, out, sum);
+    store<true, true>(tile, addend, rows, columns, pitch, out, sum);
   else if (addend)
-    store<true, false>(tile, addend, rows, channels, out, sum);
+    store<true, false>(tile, addend, rows, columns, pitch, out, sum);
   else if (sum)
-    store<false, true>(tile, addend, rows, channels, out, sum);
+    store<false, true>(tile, addend, rows, columns, pitch, out, sum);
   else
-    store<false, false>(tile, addend, rows, channels, out, sum);
+    store<false, false>(tile, addend, rows, columns, pitch, out, sum);
 }
 
 template <int64_t kRows, typename Act, bool kAddend, bool kSums, typename S, typename A>
-PREACT_INLINE void slope_group(const A* dh, const S* addend, const S* u, int64_t channels,
-                               const A* affine, S* g, A* s1, A* s2) {
-  const A *mean = affine, *scale = affine + 2 * channels, *shift = affine + 3 * channels;
+PREACT_INLINE void slope_group(const A* dh, const S* addend, const S* u, int64_t columns,
+                               int64_t pitch, const A* __restrict affine, S* __restrict g,
+                               A* __restrict s1, A* __restrict s2) {
+  const A *mean = affine, *scale = affine + 2 * pitch, *shift = affine + 3 * pitch;
 #pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < columns; ++c) {
     A sum1 = 0, sum2 = 0;
 #pragma GCC unroll 4
     for (int64_t row = 0; row < kRows; ++row) {
-      const int64_t i = row * channels + c;
+      const int64_t i = row * pitch + c;
       const A x = widen(u[i]);
       const A z = preactivation(x, mean[c], scale[c], shift[c]);
       const A sum = kAddend ? dh[i] + widen(addend[i]) : dh[i];
@@ -181,39 +206,40 @@ PREACT_INLINE void slope_group(const A* dh, const S* addend, const S* u, int64_t
 }
 
 template <typename Act, bool kAddend, bool kSums, typename S, typename A>
-PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,
-                         const A* affine, S* g, A* s1, A* s2) {
+PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows, int64_t columns,
+                         int64_t pitch, const A* affine, S* g, A* s1, A* s2) {
   in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
-    const int64_t i = row * channels;
-    slope_group<kRows, Act, kAddend, kSums>(dh + i, kAddend ? addend + i : nullptr, u + i, channels,
-                                            affine, g + i, s1, s2);
+    const int64_t i = row * pitch;
+    slope_group<kRows, Act, kAddend, kSums>(dh + i, kAddend ? addend + i : nullptr, u + i, columns,
+                                            pitch, affine, g + i, s1, s2);
   });
 }
 
 template <typename Act, typename S, typename A>
-PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,
-                         const A* affine, S* g, A* s1, A* s2) {
+PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows, int64_t columns,
+                         int64_t pitch, const A* affine, S* g, A* s1, A* s2) {
   if (addend && s1)
-    slope<Act, true, true>(dh, addend, u, rows, channels, affine, g, s1, s2);
+    slope<Act, true, true>(dh, addend, u, rows, columns, pitch, affine, g, s1, s2);
   else if (addend)
-    slope<Act, true, false>(dh, addend, u, rows, channels, affine, g, s1, s2);
+    slope<Act, true, false>(dh, addend, u, rows, columns, pitch, affine, g, s1, s2);
   else if (s1)
-    slope<Act, false, true>(dh, addend, u, rows, channels, affine, g, s1, s2);
+    slope<Act, false, true>(dh, addend, u, rows, columns, pitch, affine, g, s1, s2);
   else
-    slope<Act, false, false>(dh, addend, u, rows, channels, affine, g, s1, s2);
+    slope<Act, false, false>(dh, addend, u, rows, columns, pitch, affine, g, s1, s2);
 }
 
 template <typename Act, bool kResidual, bool kSums, typename S, typename A>
 PREACT_INLINE void frozen_slope(const A* dh, const S* residual, const S* u, int64_t rows,
-                                int64_t channels, const A* affine, S* du, A* s1, A* s2) {
-  const A *mean = affine, *scale = affine + 2 * channels, *shift = affine + 3 * channels;
+                                int64_t columns, int64_t pitch, const A* __restrict affine,
+                                S* __restrict du, A* __restrict s1, A* __restrict s2) {
+  const A *mean = affine, *scale = affine + 2 * pitch, *shift = affine + 3 * pitch;
   in_groups(rows, [&]<int64_t kRows>(int64_t first) PREACT_INLINE_BODY {
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       A sum1 = 0, sum2 = 0;
 #pragma GCC unroll 4
       for (int64_t row = first; row < first + kRows; ++row) {
-        const int64_t i = row * channels + c;
+        const int64_t i = row * pitch + c;
         const A x = widen(u[i]);
         const A g = Act::gradient(dh[i], preactivation(x, mean[c], scale[c], shift[c]));
         narrow(kResidual ? widen(residual[i]) + scale[c] * g : scale[c] * g, du[i]);
@@ -230,42 +256,44 @@ PREACT_INLINE void frozen_slope(const A* dh, const S* residual, const S* u, int6
 
 template <typename Act, typename S, typename A>
 PREACT_INLINE void frozen_slope(const A* dh, const S* residual, const S* u, int64_t rows,
-                                int64_t channels, const A* affine, S* du, A* s1, A* s2) {
+                                int64_t columns, int64_t pitch, const A* affine, S* du, A* s1,
+                                A* s2) {
   if (residual && s1)
-    frozen_slope<Act, true, true>(dh, residual, u, rows, channels, affine, du, s1, s2);
+    frozen_slope<Act, true, true>(dh, residual, u, rows, columns, pitch, affine, du, s1, s2);
   else if (residual)
-    frozen_slope<Act, true, false>(dh, residual, u, rows, channels, affine, du, s1, s2);
+    frozen_slope<Act, true, false>(dh, residual, u, rows, columns, pitch, affine, du, s1, s2);
   else if (s1)
-    frozen_slope<Act, false, true>(dh, residual, u, rows, channels, affine, du, s1, s2);
+    frozen_slope<Act, false, true>(dh, residual, u, rows, columns, pitch, affine, du, s1, s2);
   else
-    frozen_slope<Act, false, false>(dh, residual, u, rows, channels, affine, du, s1, s2);
+    frozen_slope<Act, false, false>(dh, residual, u, rows, columns, pitch, affine, du, s1, s2);
 }
 
 template <typename S, typename A>
-PREACT_INLINE void sum(const S* x, int64_t rows, int64_t channels, A* total) {
+PREACT_INLINE void sum(const S* x, int64_t rows, int64_t columns, int64_t pitch,
+                       A* __restrict total) {
   in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
-    const S* const group = x + row * channels;
+    const S* const group = x + row * pitch;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       A sum = 0;
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kRows; ++i) sum += widen(group[i * channels + c]);
+      for (int64_t i = 0; i < kRows; ++i) sum += widen(group[i * pitch + c]);
       total[c] += sum;
     }
   });
 }
 
 template <typename S, typename A>
-PREACT_INLINE void deviation(const S* x, int64_t rows, int64_t channels, const A* shift, A* d1,
-                             A* d2) {
+PREACT_INLINE void deviation(const S* x, int64_t rows, int64_t columns, int64_t pitch,
+                             const A* __restrict shift, A* __restrict d1, A* __restrict d2) {
   in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
-    const S* const group = x + row * channels;
+    const S* const group = x + row * pitch;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       A sum1 = 0, sum2 = 0;
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kRows; ++i) {
-        const A d = widen(group[i * channels + c]) - shift[c];
+        const A d = widen(group[i * pitch + c]) - shift[c];
         sum1 += d;
         sum2 += d * d;
       }
@@ -277,16 +305,17 @@ PREACT_INLINE void deviation(const S* x, int64_t rows, int64_t channels, const A
 
 template <bool kGrad, typename S, typename A>
 PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t rows,
-                                 int64_t channels, const A* coefficients, S* du) {
-  const A *mean = coefficients, *a = mean + channels, *b = a + channels, *d = b + channels;
+                                 int64_t columns, int64_t pitch, const A* __restrict coefficients,
+                                 S* __restrict du) {
+  const A *mean = coefficients, *a = mean + pitch, *b = a + pitch, *d = b + pitch;
   for (int64_t row = 0; row < rows; ++row) {
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       const A own = a[c] * widen(g[c]) + b[c] * (widen(u[c]) - mean[c]) + d[c];
       narrow(kGrad ? own + widen(grad[c]) : own, du[c]);
     }
-    g += channels, u += channels, du += channels;
-    if constexpr (kGrad) grad += channels;
+    g += pitch, u += pitch, du += pitch;
+    if constexpr (kGrad) grad += pitch;
   }
 }
 
@@ -372,23 +401,66 @@ PREACT_INLINE void pair(const bf16* in, int64_t rows, int64_t columns, bf16* out
 
 }  // namespace
 
+// A row of 16 channels fills half of a vector of bfloat16: even numbers of them go two by two, as
+// rows of 32 channels.
+PREACT_INLINE bool go_two_by_two(int64_t rows, int64_t channels) {
+  return channels == 16 && rows % 2 == 0;
+}
+
+// Vectors [4, 16] as [4, 32].
+template <typename A>
+struct Twice {
+  A vectors[4 * 32];
+
+  explicit Twice(const A* once) {
+    for (int64_t i = 0; i < 4; ++i)
+      for (int64_t c = 0; c < 32; ++c) vectors[32 * i + c] = once[16 * i + c % 16];
+  }
+};
+
+// A sum over rows of 32 channels, which ends in one of 16, if any.
+template <typename A>
+class FoldedSum {
+ public:
+  explicit FoldedSum(A* total) : total_(total) {}
+  ~FoldedSum() {
+    for (int64_t c = 0; total_ && c < 16; ++c) total_[c] += sum_[c] + sum_[c + 16];
+  }
+  A* get() { return total_ ? sum_ : nullptr; }
+
+ private:
+  A* const total_;
+  A sum_[32] = {};
+};
+
+#define PREACT_BLOCKS \
+  [&](int64_t at, int64_t first, int64_t count, int64_t columns, int64_t pitch) PREACT_INLINE_BODY
+
 #define PREACT_PROLOGUES(S, A, O)                                                                  \
   PREACT_CLONES void activate_rows(const S* u, int64_t rows, int64_t channels, const A* affine,    \
                                    Activation activation, O* h) {                                  \
+    if (std::is_same_v<S, bf16> && affine && go_two_by_two(rows, channels))                        \
+      return activate_rows(u, rows / 2, 32, Twice<A>(affine).vectors, activation, h);              \
     if (!affine)                                                                                   \
       convert(u, rows * channels, h);                                                              \
     else if (activation == Activation::kRelu)                                                      \
-      with_channels(channels,                                                                      \
-                    [&](int64_t c) PREACT_INLINE_BODY { activate<Relu>(u, rows, c, affine, h); }); \
+      in_blocks(                                                                                   \
+          rows, channels, PREACT_BLOCKS {                                                          \
+            activate<Relu>(u + at, count, columns, pitch, affine + first, h + at);                 \
+          });                                                                                      \
     else                                                                                           \
-      activate<Silu>(u, rows, channels, affine, h);                                                \
+      activate<Silu>(u, rows, channels, channels, affine, h);                                      \
   }                                                                                                \
   PREACT_CLONES void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels, \
                                       const A* coefficients, O* dy) {                              \
+    if (std::is_same_v<S, bf16> && output && go_two_by_two(rows, channels))                        \
+      return output_grad_rows(g, output, rows / 2, 32, Twice<A>(coefficients).vectors, dy);        \
     if (output)                                                                                    \
-      with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                                  \
-        output_grad(g, output, rows, c, coefficients, dy);                                         \
-      });                                                                                          \
+      in_blocks(                                                                                   \
+          rows, channels, PREACT_BLOCKS {                                                          \
+            output_grad(g + at, output + at, count, columns, pitch, coefficients + first,          \
+                        dy + at);                                                                  \
+          });                                                                                      \
     else                                                                                           \
       convert(g, rows * channels, dy);                                                             \
   }
@@ -401,43 +473,66 @@ PREACT_PROLOGUES(double, double, double)
 #define PREACT_ROWS(S, A)                                                                         \
   PREACT_CLONES void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels, S* out, \
                                 A* sum) {                                                         \
-    with_channels(channels,                                                                       \
-                  [&](int64_t c) PREACT_INLINE_BODY { store(tile, addend, rows, c, out, sum); }); \
+    if (std::is_same_v<S, bf16> && go_two_by_two(rows, channels))                                 \
+      return store_rows(tile, addend, rows / 2, 32, out, FoldedSum<A>(sum).get());                \
+    in_blocks(                                                                                    \
+        rows, channels, PREACT_BLOCKS {                                                           \
+          store(tile + at, offset(addend, at), count, columns, pitch, out + at,                   \
+                offset(sum, first));                                                              \
+        });                                                                                       \
   }                                                                                               \
   PREACT_CLONES void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows,           \
                                 int64_t channels, const A* affine, Activation activation, S* g,   \
                                 A* s1, A* s2) {                                                   \
+    if (go_two_by_two(rows, channels))                                                            \
+      return slope_rows(dh, addend, u, rows / 2, 32, Twice<A>(affine).vectors, activation, g,     \
+                        FoldedSum<A>(s1).get(), FoldedSum<A>(s2).get());                          \
     if (activation == Activation::kRelu)                                                          \
-      with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                                 \
-        slope<Relu>(dh, addend, u, rows, c, affine, g, s1, s2);                                   \
-      });                                                                                         \
+      in_blocks<32>(                                                                              \
+          rows, channels, PREACT_BLOCKS {                                                         \
+            slope<Relu>(dh + at, offset(addend, at), u + at, count, columns, pitch,               \
+                        affine + first, g + at, offset(s1, first), offset(s2, first));            \
+          });                                                                                     \
     else                                                                                          \
-      slope<Silu>(dh, addend, u, rows, channels, affine, g, s1, s2);                              \
+      slope<Silu>(dh, addend, u, rows, channels, channels, affine, g, s1, s2);                    \
   }                                                                                               \
   PREACT_CLONES void frozen_slope_rows(const A* dh, const S* residual, const S* u, int64_t rows,  \
                                        int64_t channels, const A* affine, Activation activation,  \
                                        S* du, A* s1, A* s2) {                                     \
+    if (go_two_by_two(rows, channels))                                                            \
+      return frozen_slope_rows(dh, residual, u, rows / 2, 32, Twice<A>(affine).vectors,           \
+                               activation, du, FoldedSum<A>(s1).get(), FoldedSum<A>(s2).get());   \
     if (activation == Activation::kRelu)                                                          \
-      with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY {                                 \
-        frozen_slope<Relu>(dh, residual, u, rows, c, affine, du, s1, s2);                         \
-      });                                                                                         \
+      in_blocks<32>(                                                                              \
+          rows, channels, PREACT_BLOCKS {                                                         \
+            frozen_slope<Relu>(dh + at, offset(residual, at), u + at, count, columns, pitch,      \
+                               affine + first, du + at, offset(s1, first), offset(s2, first));    \
+          });                                                                                     \
     else                                                                                          \
-      frozen_slope<Silu>(dh, residual, u, rows, channels, affine, du, s1, s2);                    \
+      frozen_slope<Silu>(dh, residual, u, rows, channels, channels, affine, du, s1, s2);          \
   }                                                                                               \
   PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {             \
-    with_channels(channels, [&](int64_t c) PREACT_INLINE_BODY { sum(x, rows, c, total); });       \
+    in_blocks(                                                                                    \
+        rows, channels, PREACT_BLOCKS { sum(x + at, count, columns, pitch, total + first); });    \
   }                                                                                               \
   PREACT_CLONES void deviation_rows(const S* x, int64_t rows, int64_t channels, const A* shift,   \
                                     A* d1, A* d2) {                                               \
-    with_channels(channels,                                                                       \
-                  [&](int64_t c) PREACT_INLINE_BODY { deviation(x, rows, c, shift, d1, d2); });   \
+    in_blocks(                                                                                    \
+        rows, channels, PREACT_BLOCKS {                                                           \
+          deviation(x + at, count, columns, pitch, shift + first, d1 + first, d2 + first);        \
+        });                                                                                       \
   }                                                                                               \
   PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows,      \
                                         int64_t channels, const A* coefficients, S* du) {         \
-    if (grad)                                                                                     \
-      residual_grad<true>(grad, g, u, rows, channels, coefficients, du);                          \
-    else                                                                                          \
-      residual_grad<false>(grad, g, u, rows, channels, coefficients, du);                         \
+    in_blocks(                                                                                    \
+        rows, channels, PREACT_BLOCKS {                                                           \
+          if (grad)                                                                               \
+            residual_grad<true>(grad + at, g + at, u + at, count, columns, pitch,                 \
+                                coefficients + first, du + at);                                   \
+          else                                                                                    \
+            residual_grad<false>(grad, g + at, u + at, count, columns, pitch,                     \
+                                 coefficients + first, du + at);                                  \
+        });                                                                                       \
   }
 
 PREACT_ROWS(float, float)

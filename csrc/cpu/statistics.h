@@ -1,6 +1,8 @@
 // Per-channel statistics and sums, tile by tile while each is in cache, merged in a fixed order.
 #pragma once
 
+#include <tuple>
+
 #include "rows.h"
 
 namespace preact {
@@ -9,13 +11,18 @@ namespace preact {
 // Chan, Golub, LeVeque 1983; each tile is summed around its own mean, so that a mean far from zero
 // cancels nothing.
 struct Moments {
-  double count = 0;
-  double* mean;  // [C]
+  double* mean;  // [C], anything while count is 0
   double* m2;    // [C]
+  double count = 0;
 
   // Merges `other_count` values with f(c) = {mean, m2} of each channel.
   template <typename F>
   void merge(double other_count, int64_t channels, const F& f) {
+    if (count == 0) {
+      for (int64_t c = 0; c < channels; ++c) std::tie(mean[c], m2[c]) = f(c);
+      count = other_count;
+      return;
+    }
     const double share = other_count / (count + other_count), both = count * share;
     for (int64_t c = 0; c < channels; ++c) {
       const auto [other_mean, other_m2] = f(c);
@@ -54,12 +61,10 @@ void add_tile(Moments& moments, const S* x, int64_t segments, int64_t rows, int6
 // Moments for each part of the work, and their merger into stats [2, C].
 class PartialMoments {
  public:
-  PartialMoments(int64_t parts, int64_t channels)
-      : channels_(channels), values_(2 * parts * channels), moments_(parts) {
-    for (int64_t i = 0; i < parts; ++i) {
-      moments_[i].mean = &values_[2 * i * channels];
-      moments_[i].m2 = moments_[i].mean + channels;
-    }
+  PartialMoments(int64_t parts, int64_t channels) : channels_(channels) {
+    double* const values = buffer<double>(Buffer::kStatistics, 2 * parts * channels);
+    for (int64_t i = 0; i < 2 * parts; i += 2)
+      moments_.push_back({values + i * channels, values + (i + 1) * channels});
   }
 
   Moments& operator[](int64_t part) { return moments_[part]; }
@@ -80,7 +85,6 @@ class PartialMoments {
 
  private:
   int64_t channels_;
-  std::vector<double> values_;
   std::vector<Moments> moments_;
 };
 
@@ -88,12 +92,16 @@ class PartialMoments {
 class PartialSums {
  public:
   PartialSums(int64_t parts, int64_t channels)
-      : channels_(channels), parts_(parts), values_(2 * parts * channels) {}
+      : channels_(channels),
+        started_(parts),
+        values_(buffer<double>(Buffer::kStatistics, 2 * parts * channels)) {}
 
-  // Adds the sums [2, C] of a tile, and clears them for the next.
+  // Adds the sums [2, C] of a tile, and clears them for the next. Every part gets one at least.
   template <typename A>
   void add(int64_t part, A* tile) {
-    double* const total = &values_[2 * part * channels_];
+    double* const total = values_ + 2 * part * channels_;
+    if (!started_[part]) std::fill_n(total, 2 * channels_, 0.0);
+    started_[part] = 1;
     for (int64_t c = 0; c < 2 * channels_; ++c) {
       total[c] += tile[c];
       tile[c] = 0;
@@ -103,16 +111,19 @@ class PartialSums {
   // sums [2, C]; the tiles' S2 lack their factor rstd.
   template <typename A>
   void finish(const A* rstd, A* sums) {
-    for (int64_t c = 0; c < 2 * channels_; ++c) {
-      double total = 0;
-      for (int64_t part = 0; part < parts_; ++part) total += values_[2 * part * channels_ + c];
-      sums[c] = static_cast<A>(c < channels_ ? total : total * rstd[c - channels_]);
+    double* const total = values_;
+    for (size_t part = 1; part < started_.size(); ++part) {
+      const double* const other = values_ + 2 * static_cast<int64_t>(part) * channels_;
+      for (int64_t c = 0; c < 2 * channels_; ++c) total[c] += other[c];
     }
+    for (int64_t c = 0; c < 2 * channels_; ++c)
+      sums[c] = static_cast<A>(c < channels_ ? total[c] : total[c] * rstd[c - channels_]);
   }
 
  private:
-  int64_t channels_, parts_;
-  std::vector<double> values_;
+  int64_t channels_;
+  std::vector<uint8_t> started_;  // of each part
+  double* values_;                // [parts, 2, C]
 };
 
 }  // namespace preact
