@@ -17,8 +17,10 @@ from . import fakes, ops, reference
 Padding = int | Sequence[int]
 
 # Units that share a call: enough to hide what a call costs on the host, few enough that backward
-# frees activations and finishes gradients (for data-parallel training) as it goes.
+# frees activations and hands out gradients (to data-parallel training, say) as it goes. Those of a
+# call's weights are there together: the larger they are, the fewer units.
 UNITS_PER_CALL = 8
+WEIGHTS_PER_CALL = 2**20  # values
 
 
 class BatchNorm(NamedTuple):
@@ -178,7 +180,7 @@ def preact_units(input: Tensor, units: Sequence[Unit], *, activation: str = "rel
     """Residual units one after the other, each as preact_unit has it.
 
     input       (N, C, H, W), float32, bfloat16, float16 or float64; fastest in channels_last.
-    units       any number of them; they run UNITS_PER_CALL at a time, with that much less to do
+    units       any number of them; up to UNITS_PER_CALL run at a time, with that much less to do
                 for Python and autograd, and without a pass for the statistics between them.
     activation  "relu" or "silu".
     Returns     the last unit's output, as preact_unit does.
@@ -199,12 +201,17 @@ def preact_units(input: Tensor, units: Sequence[Unit], *, activation: str = "rel
 
 
 def _calls(units: Sequence[Unit]) -> Iterator[tuple[int, int]]:
-    """UNITS_PER_CALL units or fewer at a time; one that reads its input raw starts anew."""
-    begin = 0
-    for j in range(1, len(units) + 1):
-        if j == len(units) or j - begin == UNITS_PER_CALL or units[j].bns[0] is None:
+    """As many units at a time as may share a call; one that reads its input raw starts anew."""
+    begin = weights = 0
+    for j, unit in enumerate(units):
+        own = sum(conv.weight.numel() for conv in unit.convs)
+        full = j - begin == UNITS_PER_CALL or weights + own > WEIGHTS_PER_CALL
+        if j > begin and (full or unit.bns[0] is None):
             yield begin, j
-            begin = j
+            begin, weights = j, 0
+        weights += own
+    if units:
+        yield begin, len(units)
 
 
 def _run_units(

@@ -1,5 +1,6 @@
 // bn_update_running: running = (1 - momentum) * running + momentum * batch, for mean and variance.
-// Reads and writes a few vectors of C values: a launch's latency, one for all BatchNorms of a unit.
+// Reads and writes a few vectors of C values: a launch's latency, one for all BatchNorms of units
+// that share a call.
 #include <type_traits>
 
 #include "launch.cuh"
@@ -9,7 +10,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMostUpdates = 16;  // of a launch
+constexpr int kMostUpdates = 32;  // of a launch
 
 struct Updates {
   int count;
@@ -39,12 +40,16 @@ PREACT_DEVICE void approach(Dtype dtype, void* vector, int64_t i, double batch, 
   if (dtype == Dtype::kFloat16) approach<f16>(vector, i, batch, momentum);
 }
 
-// A thread has the same channel of each: those that share their memory come one after the other.
+// blockIdx.y is an update, and takes along later ones of the same BatchNorm, one after the other.
 __global__ void bn_update_running_kernel(const Updates updates) {
   const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  for (int i = 0; i < updates.count; ++i) {
+  const int own = static_cast<int>(blockIdx.y);
+  void* const mean = updates.of[own].mean;
+  for (int i = 0; i < own; ++i)
+    if (updates.of[i].mean == mean) return;
+  for (int i = own; i < updates.count; ++i) {
     const RunningStats& update = updates.of[i];
-    if (c >= update.channels) continue;
+    if (update.mean != mean || c >= update.channels) continue;
     const float* const stats = static_cast<const float*>(update.stats);
     approach(update.dtype, update.mean, c * update.mean_stride, load(stats + c), update.momentum);
     approach(update.dtype, update.var, c * update.var_stride,
@@ -65,8 +70,8 @@ void bn_update_running(const CudaRuntime& runtime, Dtype accumulator, int64_t co
     int64_t channels = 1;
     for (int i = 0; i < some.count; ++i) channels = std::max(channels, some.of[i].channels);
     launch("bn_update_running", bn_update_running_kernel,
-           {static_cast<unsigned>(ceil_div(channels, kThreads))}, kThreads, 0, runtime.device,
-           runtime.stream, some);
+           {static_cast<unsigned>(ceil_div(channels, kThreads)), static_cast<unsigned>(some.count)},
+           kThreads, 0, runtime.device, runtime.stream, some);
   }
 }
 

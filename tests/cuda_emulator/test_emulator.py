@@ -65,17 +65,18 @@ def test_tf32_rounds_both_factors_to_nearest(emulator, shape):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_running_statistics_match_reference(emulator, dtype):
-    """More than one launch has room for, one of them twice, every second number of a vector.
+    """More than one launch has room for, one of them three times, every second number of a vector.
 
     Within two roundings of their dtype, one for the reference's own.
     """
-    tensors = [torch.randn(2, 5 + 70 * i, 2).to(dtype) for i in range(18)]
-    stats = [torch.rand(2, tensor.shape[1]) for tensor in [*tensors, tensors[2]]]
-    rest = [0.1] * 10 + [0.75] * 9, [2 + i for i in range(19)]
+    tensors = [torch.randn(2, 5 + 70 * (i % 7), 2).to(dtype) for i in range(35)]
+    order = [*range(20), 2, *range(20, 35), 2]
+    stats = [torch.rand(2, tensors[i].shape[1]) for i in order]
+    rest = [0.1 if i % 2 else 0.75 for i in order], [2 + i for i in range(len(order))]
 
     def updated(operators):
         running = [tensor.clone() for tensor in tensors]
-        mean, var = ([tensor[i, :, 0] for tensor in [*running, running[2]]] for i in (0, 1))
+        mean, var = ([running[i][j, :, 0] for i in order] for j in (0, 1))
         operators.bn_update_running(mean, var, stats, *rest)
         return running
 
