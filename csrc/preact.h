@@ -67,6 +67,8 @@ struct Runtime {
   // bfloat16 operands, B in pairs of rows: [k / 2, n, 2], k even. Null where the processor has
   // none.
   Tile<bf16, float> pairs_tile;
+  // Of a long product, where it is free: a multiple of this many runs faster. At least 2.
+  int64_t pairs_depth;
 };
 
 // The CPU kernels. A launcher of the same name with a CudaRuntime runs the CUDA kernels instead, on

@@ -28,6 +28,7 @@ class WeightGradient {
       : op_(op),
         window_(op.shape),
         bands(gradient_bands<O>(op.shape)),
+        step_depth_(!kPairs<O> ? 1 : joined_ ? runtime.pairs_depth : 2),
         tile_(tile_of(runtime, O{})),
         partial_(buffer<A>(Buffer::kPartial, bands.parts.parts * size_)) {}
 
@@ -79,7 +80,9 @@ class WeightGradient {
       transpose_planes(dy, rows, left);
     const O* const as_it_lies = transposes_h_ ? dy : h;
     if constexpr (kPairs<O>) {
-      pair_rows(as_it_lies, (rows - 1) * pitch_ + q_, product_columns_, right);
+      const int64_t pixels = (rows - 1) * pitch_ + q_, even = pixels + pixels % 2;
+      pair_rows(as_it_lies, pixels, product_columns_, right);
+      std::fill_n(right + even * product_columns_, (depth(pixels) - even) * product_columns_, O{});
       return right;
     } else {
       return as_it_lies;
@@ -99,14 +102,14 @@ class WeightGradient {
           for (int64_t i = 0; i < count; ++i) {
             const int64_t rows = bands.end_row(first + i) - bands.first_row(first + i);
             const int64_t calls = joined_ ? 1 : rows;
-            const int64_t depth = round_depth<O>(joined_ ? (rows - 1) * pitch_ + q_ : q_);
             const O* const a = left + i * left_size_ + tap % s % step_ * plane_size_ + row * ld_ +
                                tap / s * plane_width_ + tap % s / step_;
             const O* const b = rights[i] + column * (kPairs<O> ? 2 : 1);
             for (int64_t call = 0; call < calls; ++call)
               tile_(std::min(kProductRows, product_rows_ - row),
-                    std::min(kProductColumns, product_columns_ - column), depth, ld_,
-                    product_columns_, product_columns_,
+                    std::min(kProductColumns, product_columns_ - column),
+                    depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_, product_columns_,
+                    product_columns_,
                     first + i > bands.parts.begin(part) || call > 0,
                     a + call * window_.step_height * plane_width_,
                     b + call * pitch_ * product_columns_,
@@ -150,16 +153,20 @@ class WeightGradient {
   const bool joined_ = window_.step_height == 1;             // all rows of a band in one product
   const int64_t pitch_ = grad_pitch<O>(op_.shape, window_);  // of dy's rows
   const int64_t most_window_ = window_.rows(op_.shape, bands.rows_per_band);
-  // A row of a plane ends with a zero; an odd number of cache lines sets rows apart in the cache.
+  const int64_t step_depth_;  // what the depth of a product is a multiple of, by zeros at its end
+  // A row of a plane ends with those; an odd number of cache lines sets rows apart in the cache.
   static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(O));
-  const int64_t ld_ = (ceil_div(most_window_ * plane_width_ + 1, kLine) | 1) * kLine;
+  const int64_t ld_ = (ceil_div(most_window_ * plane_width_ + step_depth_ - 1, kLine) | 1) * kLine;
   const int64_t plane_size_ = product_rows_ * ld_, left_size_ = step_ * plane_size_;
-  const int64_t right_size_ = round_depth<O>(bands.rows_per_band * pitch_) * product_columns_;
+  const int64_t right_size_ = depth(bands.rows_per_band * pitch_) * product_columns_;
   const Tile<O, A> tile_;
   A* const partial_;  // [parts][R, S, product_rows, product_columns]
 
+  // Of a product over so many pixels.
+  int64_t depth(int64_t pixels) const { return ceil_div(pixels, step_depth_) * step_depth_; }
+
   // Rows of the window, [rows, width, product_rows], to [step][product_rows][rows, plane_width] and
-  // a zero.
+  // zeros.
   void transpose_planes(const O* in, int64_t rows, O* out) const {
     const int64_t n = product_rows_;
     for (int64_t i = 0; i < step_; ++i, out += plane_size_) {
@@ -174,7 +181,8 @@ class WeightGradient {
             for (int64_t j = 0; j < n; ++j) to[j * ld_ + columns] = O{};
         }
       }
-      for (int64_t j = 0; j < n; ++j) out[j * ld_ + rows * plane_width_] = O{};
+      for (int64_t j = 0; j < n; ++j)
+        std::fill_n(out + j * ld_ + rows * plane_width_, step_depth_ - 1, O{});
     }
   }
 };

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 
@@ -70,9 +71,35 @@ bool brgemm_runs_pairs() {
 #endif
 }
 
+// A range of its own for each thread; one that is through with it takes what another has left, so
+// that a processor busy elsewhere holds the rest up by one piece only.
+struct alignas(64) Range {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// AMX multiplies 32 values deep, and takes its time over the rest of a product.
+int64_t pairs_depth() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("amx-bf16") ? 32 : 2;
+#else
+  return 2;
+#endif
+}
+
 void torch_parallel_for(int64_t count, void (*body)(int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i, context);
+  const int64_t threads = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, count);
+  std::vector<Range> ranges(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    ranges[i].next = i * count / threads;
+    ranges[i].end = (i + 1) * count / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t own = begin; own < end; ++own)
+      for (int64_t i = 0; i < threads; ++i) {
+        Range& range = ranges[(own + i) % threads];
+        for (int64_t piece; (piece = range.next++) < range.end;) body(piece, context);
+      }
     if (at::native::cpublas::brgemm_release) at::native::cpublas::brgemm_release(true);
   });
 }
@@ -99,7 +126,7 @@ void use_tile_provider(const std::string& name) {
 Runtime torch_runtime() {
   const bool brgemm = !portable_only && brgemm_runs();
   return {torch_parallel_for, brgemm ? brgemm_tile : static_cast<Tile<float>>(portable_tile),
-          brgemm && brgemm_runs_pairs() ? brgemm_pairs_tile : nullptr};
+          brgemm && brgemm_runs_pairs() ? brgemm_pairs_tile : nullptr, pairs_depth()};
 }
 
 }  // namespace preact

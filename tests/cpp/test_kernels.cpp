@@ -191,8 +191,8 @@ void pairs_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64
     }
 }
 
-Runtime in_order{forwards, portable_tile, nullptr};
-Runtime reversed{backwards, portable_tile, nullptr};
+Runtime in_order{forwards, portable_tile, nullptr, 2};
+Runtime reversed{backwards, portable_tile, nullptr, 2};
 
 int64_t size_of(const ImageShape& shape) { return shape.pixels() * shape.channels; }
 
@@ -430,6 +430,8 @@ int main() {
   test_all<bf16>("bfloat16");
   in_order.pairs_tile = reversed.pairs_tile = pairs_tile;
   test_all<bf16>("bfloat16 in pairs");
+  in_order.pairs_depth = reversed.pairs_depth = 32;
+  test_all<bf16>("bfloat16 in pairs, 32 deep");
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
   return failures != 0;
 }
