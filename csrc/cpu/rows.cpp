@@ -44,16 +44,9 @@ PREACT_INLINE A exponential(A x) {
 }
 
 struct Relu {
-  template <typename A, typename O>
-  static PREACT_INLINE void value(A z, O& h) {
-    narrow(z < 0 ? A(0) : z, h);
-  }
-  // As an integer a negative bfloat16 is negative too, and what narrow() makes of a NaN is not.
-  static PREACT_INLINE void value(float z, bf16& h) {
-    bf16 rounded;
-    narrow(z, rounded);
-    const int16_t bits = static_cast<int16_t>(rounded.bits);
-    h.bits = static_cast<uint16_t>(bits < 0 ? 0 : bits);
+  template <typename A>
+  static PREACT_INLINE A value(A z) {
+    return z < 0 ? A(0) : z;
   }
   template <typename A>
   static PREACT_INLINE A gradient(A dh, A z) {
@@ -64,9 +57,9 @@ struct Relu {
 };
 
 struct Silu {
-  template <typename A, typename O>
-  static PREACT_INLINE void value(A z, O& h) {
-    narrow(z / (1 + exponential(-z)), h);
+  template <typename A>
+  static PREACT_INLINE A value(A z) {
+    return z / (1 + exponential(-z));
   }
   template <typename A>
   static PREACT_INLINE A gradient(A dh, A z) {
@@ -75,21 +68,55 @@ struct Silu {
   }
 };
 
+constexpr int64_t kMostColumns = 64;  // of a block
+
 // Calls f(at, first, rows, columns, pitch) for blocks of rows and channels: at is where a block
 // starts in [rows, channels], first its first channel, pitch is channels. Where columns is a
 // constant, mean, scale and the like stay in registers over all rows of a block, and so do sums.
-template <int64_t kColumns = 64, typename F>
+template <int64_t kColumns = kMostColumns, typename F>
 PREACT_INLINE void in_blocks(int64_t rows, int64_t channels, const F& f) {
-  constexpr int64_t kRows = 16;
-  if (channels == 16) return f(int64_t{0}, int64_t{0}, rows, int64_t{16}, int64_t{16});
-  if (kColumns > 32 && channels == 32)
-    return f(int64_t{0}, int64_t{0}, rows, int64_t{32}, int64_t{32});
-  if (channels % kColumns != 0) return f(int64_t{0}, int64_t{0}, rows, channels, channels);
-  const int64_t together = channels == kColumns ? rows : kRows;
-  for (int64_t row = 0; row < rows; row += together)
-    for (int64_t first = 0; first < channels; first += kColumns)
-      f(row * channels + first, first, std::min(together, rows - row), kColumns, channels);
+  const int64_t together = channels <= kColumns ? rows : 16;
+  for (int64_t row = 0; row < rows; row += together) {
+    const int64_t count = std::min(together, rows - row);
+    int64_t first = 0;
+    for (; first + kColumns <= channels; first += kColumns)
+      f(row * channels + first, first, count, kColumns, channels);
+    const int64_t at = row * channels + first, rest = channels - first;
+    if (kColumns > 32 && rest == 32)
+      f(at, first, count, int64_t{32}, channels);
+    else if (rest == 16)
+      f(at, first, count, int64_t{16}, channels);
+    else if (rest > 0)
+      f(at, first, count, rest, channels);
+  }
 }
+
+// The same without constants, for loops that have no use for them.
+template <typename F>
+PREACT_INLINE void in_plain_blocks(int64_t rows, int64_t channels, const F& f) {
+  for (int64_t first = 0; first < channels; first += kMostColumns)
+    f(first, first, rows, std::min(kMostColumns, channels - first), channels);
+}
+
+// Calls f(row, rows, to, pitch) for results that it writes in the accumulator's type: where they
+// are to lie, or to be rounded from there while they are in cache.
+template <typename A, typename F>
+PREACT_INLINE void rounded(int64_t rows, int64_t /*columns*/, int64_t pitch, A* out, const F& f) {
+  f(int64_t{0}, rows, out, pitch);
+}
+template <typename F>
+PREACT_INLINE void rounded(int64_t rows, int64_t columns, int64_t pitch, bf16* out, const F& f) {
+  constexpr int64_t kRows = 32;
+  alignas(64) float values[kRows * kMostColumns];
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t count = std::min(kRows, rows - row);
+    f(row, count, values, columns);
+    round_rows(values, count, columns, columns, pitch, out + row * pitch);
+  }
+}
+
+#define PREACT_RESULTS(A) \
+  [&](int64_t row, int64_t rows, A* __restrict to, int64_t to_pitch) PREACT_INLINE_BODY
 
 template <typename T>
 PREACT_INLINE T* offset(T* values, int64_t count) {
@@ -111,13 +138,18 @@ PREACT_INLINE A preactivation(A u, A mean, A scale, A shift) {
 
 template <typename Act, typename S, typename A, typename O>
 PREACT_INLINE void activate(const S* u, int64_t rows, int64_t columns, int64_t pitch,
-                            const A* __restrict affine, O* __restrict h) {
+                            const A* __restrict affine, O* h) {
   const A *mean = affine, *scale = affine + 2 * pitch, *shift = affine + 3 * pitch;
-  for (int64_t row = 0; row < rows; ++row, u += pitch, h += pitch) {
+  rounded(
+      rows, columns, pitch, h, PREACT_RESULTS(A) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const S* const in = u + (row + i) * pitch;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c)
-      Act::value(preactivation(widen(u[c]), mean[c], scale[c], shift[c]), h[c]);
-  }
+          for (int64_t c = 0; c < columns; ++c)
+            to[i * to_pitch + c] =
+                Act::value(preactivation(widen(in[c]), mean[c], scale[c], shift[c]));
+        }
+      });
 }
 
 template <typename S, typename O>
@@ -132,36 +164,71 @@ PREACT_INLINE void convert(const S* in, int64_t count, O* out) {
 
 template <typename S, typename A, typename O>
 PREACT_INLINE void output_grad(const S* g, const S* output, int64_t rows, int64_t columns,
-                               int64_t pitch, const A* __restrict coefficients, O* __restrict dy) {
+                               int64_t pitch, const A* __restrict coefficients, O* dy) {
   const A *mean = coefficients, *a = mean + pitch, *b = a + pitch, *d = b + pitch;
-  for (int64_t row = 0; row < rows; ++row, g += pitch, output += pitch, dy += pitch) {
+  rounded(
+      rows, columns, pitch, dy, PREACT_RESULTS(A) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t at = (row + i) * pitch;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c)
-      narrow(a[c] * widen(g[c]) + b[c] * (widen(output[c]) - mean[c]) + d[c], dy[c]);
-  }
+          for (int64_t c = 0; c < columns; ++c)
+            to[i * to_pitch + c] =
+                a[c] * widen(g[at + c]) + b[c] * (widen(output[at + c]) - mean[c]) + d[c];
+        }
+      });
 }
 
-template <bool kAddend, bool kSum, typename S, typename A>
-PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t columns, int64_t pitch,
-                         S* out, A* total) {
+template <bool kAddend, bool kSum, typename A>
+PREACT_INLINE void store(A* tile, const A* addend, int64_t rows, int64_t columns, int64_t pitch,
+                         A* __restrict out, A* __restrict total) {
   in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
     A* const in = tile + row * pitch;
-    const S* const more = kAddend ? addend + row * pitch : nullptr;
-    S* const to = out + row * pitch;
+    const A* const more = kAddend ? addend + row * pitch : nullptr;
+    A* const to = out + row * pitch;
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
       A sum = 0;
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kRows; ++i) {
         const int64_t at = i * pitch + c;
-        narrow(kAddend ? in[at] + widen(more[at]) : in[at], to[at]);
-        const A stored = widen(to[at]);
-        if constexpr (kAddend || !std::is_same_v<S, A>) in[at] = stored;
+        const A stored = kAddend ? in[at] + more[at] : in[at];
+        to[at] = stored;
+        if constexpr (kAddend) in[at] = stored;
         if constexpr (kSum) sum += stored;
       }
       if constexpr (kSum) total[c] += sum;
     }
   });
+}
+
+template <bool kAddend, bool kSum>
+PREACT_INLINE void store(float* tile, const bf16* addend, int64_t rows, int64_t columns,
+                         int64_t pitch, bf16* out, float* __restrict total) {
+  constexpr int64_t kInCache = 32;
+  for (int64_t first = 0; first < rows; first += kInCache) {
+    const int64_t count = std::min(kInCache, rows - first);
+    float* const in = tile + first * pitch;
+    const bf16* const to = out + first * pitch;
+    for (int64_t row = 0; kAddend && row < count; ++row) {
+      const bf16* const more = addend + (first + row) * pitch;
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) in[row * pitch + c] += widen(more[c]);
+    }
+    round_rows(in, count, columns, pitch, pitch, out + first * pitch);
+    in_groups(count, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) {
+        float sum = 0;
+#pragma GCC unroll 4
+        for (int64_t i = row; i < row + kRows; ++i) {
+          const float stored = widen(to[i * pitch + c]);
+          in[i * pitch + c] = stored;
+          if constexpr (kSum) sum += stored;
+        }
+        if constexpr (kSum) total[c] += sum;
+      }
+    });
+  }
 }
 
 template <typename S, typename A>
@@ -177,42 +244,36 @@ PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t columns
     store<false, false>(tile, addend, rows, columns, pitch, out, sum);
 }
 
-template <int64_t kRows, typename Act, bool kAddend, bool kSums, typename S, typename A>
-PREACT_INLINE void slope_group(const A* dh, const S* addend, const S* u, int64_t columns,
-                               int64_t pitch, const A* __restrict affine, S* __restrict g,
-                               A* __restrict s1, A* __restrict s2) {
-  const A *mean = affine, *scale = affine + 2 * pitch, *shift = affine + 3 * pitch;
-#pragma omp simd
-  for (int64_t c = 0; c < columns; ++c) {
-    A sum1 = 0, sum2 = 0;
-#pragma GCC unroll 4
-    for (int64_t row = 0; row < kRows; ++row) {
-      const int64_t i = row * pitch + c;
-      const A x = widen(u[i]);
-      const A z = preactivation(x, mean[c], scale[c], shift[c]);
-      const A sum = kAddend ? dh[i] + widen(addend[i]) : dh[i];
-      narrow(Act::gradient(sum, z), g[i]);
-      if constexpr (kSums) {
-        const A stored = widen(g[i]);
-        sum1 += stored;
-        sum2 += stored * (x - mean[c]);
-      }
-    }
-    if constexpr (kSums) {
-      s1[c] += sum1;
-      s2[c] += sum2;
-    }
-  }
-}
-
 template <typename Act, bool kAddend, bool kSums, typename S, typename A>
 PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows, int64_t columns,
-                         int64_t pitch, const A* affine, S* g, A* s1, A* s2) {
-  in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
-    const int64_t i = row * pitch;
-    slope_group<kRows, Act, kAddend, kSums>(dh + i, kAddend ? addend + i : nullptr, u + i, columns,
-                                            pitch, affine, g + i, s1, s2);
-  });
+                         int64_t pitch, const A* __restrict affine, S* g, A* __restrict s1,
+                         A* __restrict s2) {
+  const A *mean = affine, *scale = affine + 2 * pitch, *shift = affine + 3 * pitch;
+  rounded(
+      rows, columns, pitch, g, PREACT_RESULTS(A) {
+        in_groups(rows, [&]<int64_t kRows>(int64_t first) PREACT_INLINE_BODY {
+#pragma omp simd
+          for (int64_t c = 0; c < columns; ++c) {
+            A sum1 = 0, sum2 = 0;
+#pragma GCC unroll 4
+            for (int64_t i = first; i < first + kRows; ++i) {
+              const int64_t at = (row + i) * pitch + c;
+              const A x = widen(u[at]);
+              const A z = preactivation(x, mean[c], scale[c], shift[c]);
+              const A slope = Act::gradient(kAddend ? dh[at] + widen(addend[at]) : dh[at], z);
+              to[i * to_pitch + c] = slope;
+              if constexpr (kSums) {
+                sum1 += slope;
+                sum2 += slope * (x - mean[c]);
+              }
+            }
+            if constexpr (kSums) {
+              s1[c] += sum1;
+              s2[c] += sum2;
+            }
+          }
+        });
+      });
 }
 
 template <typename Act, typename S, typename A>
@@ -230,28 +291,31 @@ PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows,
 
 template <typename Act, bool kResidual, bool kSums, typename S, typename A>
 PREACT_INLINE void frozen_slope(const A* dh, const S* residual, const S* u, int64_t rows,
-                                int64_t columns, int64_t pitch, const A* __restrict affine,
-                                S* __restrict du, A* __restrict s1, A* __restrict s2) {
+                                int64_t columns, int64_t pitch, const A* __restrict affine, S* du,
+                                A* __restrict s1, A* __restrict s2) {
   const A *mean = affine, *scale = affine + 2 * pitch, *shift = affine + 3 * pitch;
-  in_groups(rows, [&]<int64_t kRows>(int64_t first) PREACT_INLINE_BODY {
+  rounded(
+      rows, columns, pitch, du, PREACT_RESULTS(A) {
+        in_groups(rows, [&]<int64_t kRows>(int64_t first) PREACT_INLINE_BODY {
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      A sum1 = 0, sum2 = 0;
+          for (int64_t c = 0; c < columns; ++c) {
+            A sum1 = 0, sum2 = 0;
 #pragma GCC unroll 4
-      for (int64_t row = first; row < first + kRows; ++row) {
-        const int64_t i = row * pitch + c;
-        const A x = widen(u[i]);
-        const A g = Act::gradient(dh[i], preactivation(x, mean[c], scale[c], shift[c]));
-        narrow(kResidual ? widen(residual[i]) + scale[c] * g : scale[c] * g, du[i]);
-        sum1 += g;
-        sum2 += g * (x - mean[c]);
-      }
-      if constexpr (kSums) {
-        s1[c] += sum1;
-        s2[c] += sum2;
-      }
-    }
-  });
+            for (int64_t i = first; i < first + kRows; ++i) {
+              const int64_t at = (row + i) * pitch + c;
+              const A x = widen(u[at]);
+              const A g = Act::gradient(dh[at], preactivation(x, mean[c], scale[c], shift[c]));
+              to[i * to_pitch + c] = kResidual ? widen(residual[at]) + scale[c] * g : scale[c] * g;
+              sum1 += g;
+              sum2 += g * (x - mean[c]);
+            }
+            if constexpr (kSums) {
+              s1[c] += sum1;
+              s2[c] += sum2;
+            }
+          }
+        });
+      });
 }
 
 template <typename Act, typename S, typename A>
@@ -306,17 +370,19 @@ PREACT_INLINE void deviation(const S* x, int64_t rows, int64_t columns, int64_t 
 template <bool kGrad, typename S, typename A>
 PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t rows,
                                  int64_t columns, int64_t pitch, const A* __restrict coefficients,
-                                 S* __restrict du) {
+                                 S* du) {
   const A *mean = coefficients, *a = mean + pitch, *b = a + pitch, *d = b + pitch;
-  for (int64_t row = 0; row < rows; ++row) {
+  rounded(
+      rows, columns, pitch, du, PREACT_RESULTS(A) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t at = (row + i) * pitch;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      const A own = a[c] * widen(g[c]) + b[c] * (widen(u[c]) - mean[c]) + d[c];
-      narrow(kGrad ? own + widen(grad[c]) : own, du[c]);
-    }
-    g += pitch, u += pitch, du += pitch;
-    if constexpr (kGrad) grad += pitch;
-  }
+          for (int64_t c = 0; c < columns; ++c) {
+            const A own = a[c] * widen(g[at + c]) + b[c] * (widen(u[at + c]) - mean[c]) + d[c];
+            to[i * to_pitch + c] = kGrad ? own + widen(grad[at + c]) : own;
+          }
+        }
+      });
 }
 
 // Vectors of kSize elements, and two of them element by element: the first halves, the second.
@@ -449,7 +515,10 @@ class FoldedSum {
             activate<Relu>(u + at, count, columns, pitch, affine + first, h + at);                 \
           });                                                                                      \
     else                                                                                           \
-      activate<Silu>(u, rows, channels, channels, affine, h);                                      \
+      in_plain_blocks(                                                                             \
+          rows, channels, PREACT_BLOCKS {                                                          \
+            activate<Silu>(u + at, count, columns, pitch, affine + first, h + at);                 \
+          });                                                                                      \
   }                                                                                                \
   PREACT_CLONES void output_grad_rows(const S* g, const S* output, int64_t rows, int64_t channels, \
                                       const A* coefficients, O* dy) {                              \
@@ -494,7 +563,11 @@ PREACT_PROLOGUES(double, double, double)
                         affine + first, g + at, offset(s1, first), offset(s2, first));            \
           });                                                                                     \
     else                                                                                          \
-      slope<Silu>(dh, addend, u, rows, channels, channels, affine, g, s1, s2);                    \
+      in_plain_blocks(                                                                            \
+          rows, channels, PREACT_BLOCKS {                                                         \
+            slope<Silu>(dh + at, offset(addend, at), u + at, count, columns, pitch,               \
+                        affine + first, g + at, offset(s1, first), offset(s2, first));            \
+          });                                                                                     \
   }                                                                                               \
   PREACT_CLONES void frozen_slope_rows(const A* dh, const S* residual, const S* u, int64_t rows,  \
                                        int64_t channels, const A* affine, Activation activation,  \
@@ -509,7 +582,11 @@ PREACT_PROLOGUES(double, double, double)
                                affine + first, du + at, offset(s1, first), offset(s2, first));    \
           });                                                                                     \
     else                                                                                          \
-      frozen_slope<Silu>(dh, residual, u, rows, channels, channels, affine, du, s1, s2);          \
+      in_plain_blocks(                                                                            \
+          rows, channels, PREACT_BLOCKS {                                                         \
+            frozen_slope<Silu>(dh + at, offset(residual, at), u + at, count, columns, pitch,      \
+                               affine + first, du + at, offset(s1, first), offset(s2, first));    \
+          });                                                                                     \
   }                                                                                               \
   PREACT_CLONES void sum_rows(const S* x, int64_t rows, int64_t channels, A* total) {             \
     in_blocks(                                                                                    \

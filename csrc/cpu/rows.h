@@ -10,7 +10,8 @@ namespace preact {
 #define PREACT_ROWS(S, A)                                                                        \
   /* out = rounded(tile + addend), also left in tile, sum += out; addend, sum or null */         \
   void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels, S* out, A* sum);     \
-  /* g = rounded((dh + addend) * act'(z)), s1 += g, s2 += g * (u - mean); addend, s1 or null */  \
+  /* g = rounded((dh + addend) * act'(z)); s1 += g, s2 += g * (u - mean), of g as it was before  \
+     it was rounded; addend, s1 or null */                                                       \
   void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,      \
                   const A* affine, Activation activation, S* g, A* s1, A* s2);                   \
   /* du = rounded(residual + scale * g), sums of g as above; residual or s1 null */              \
@@ -45,6 +46,10 @@ PREACT_PROLOGUES(bf16, float, float)
 PREACT_PROLOGUES(bf16, float, bf16)
 PREACT_PROLOGUES(double, double, double)
 #undef PREACT_PROLOGUES
+
+// out[r, c] = in[r, c], to nearest, ties to even; pitches of rows in elements.
+void round_rows(const float* in, int64_t rows, int64_t columns, int64_t in_pitch, int64_t out_pitch,
+                bf16* out);
 
 // out[c, r] = in[r, c]
 void transpose(const float* in, int64_t rows, int64_t columns, int64_t ld_in, int64_t ld_out,

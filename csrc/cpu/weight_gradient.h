@@ -28,7 +28,9 @@ class WeightGradient {
       : op_(op),
         window_(op.shape),
         bands(gradient_bands<O>(op.shape)),
-        step_depth_(!kPairs<O> ? 1 : joined_ ? runtime.pairs_depth : 2),
+        step_depth_(!kPairs<O> ? 1
+                    : joined_  ? runtime.pairs_depth
+                               : 2),
         tile_(tile_of(runtime, O{})),
         partial_(buffer<A>(Buffer::kPartial, bands.parts.parts * size_)) {}
 
@@ -109,8 +111,7 @@ class WeightGradient {
               tile_(std::min(kProductRows, product_rows_ - row),
                     std::min(kProductColumns, product_columns_ - column),
                     depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_, product_columns_,
-                    product_columns_,
-                    first + i > bands.parts.begin(part) || call > 0,
+                    product_columns_, first + i > bands.parts.begin(part) || call > 0,
                     a + call * window_.step_height * plane_width_,
                     b + call * pitch_ * product_columns_,
                     dweight + (tap * product_rows_ + row) * product_columns_ + column);
