@@ -5,8 +5,9 @@
 
 Three more passes over memory than a fused kernel, for layers so wide that arithmetic is what counts
 and the vendor's convolution is faster at it (see ops.plan_conv); and for grouped and dilated ones.
-The same operators as reference.py defines; h and dy are computed again, never saved. TF32 is as
-torch.backends.cudnn has it when the convolution runs.
+The same operators as reference.py defines, but that dW comes in the dtype of the activations, as
+PyTorch rounds it: another pass over a wide weight would not bring back what is lost. h and dy are
+computed again, never saved. TF32 is as torch.backends.cudnn has it when the convolution runs.
 """
 
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ class Composed:
         _, dw, _ = _convolution_backward(
             dy, h, weight, stride, inner, dilation, groups, [False, True, False]
         )
-        return _channels_last(dw.to(reference.accumulator(input.dtype)))
+        return _channels_last(dw)
 
     def preact_conv_backward(
         self,
@@ -160,7 +161,7 @@ class Composed:
         g, sums = self._input_grad(
             dh, input, affine, addend, activation, with_sums, frozen, residual
         )
-        return g, sums, _channels_last(dw.to(reference.accumulator(input.dtype)))
+        return g, sums, _channels_last(dw)
 
     def _input_grad(
         self,

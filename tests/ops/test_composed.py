@@ -15,9 +15,28 @@ BOTTLENECK = [(8, ONE, ONE, NONE), (8, X3, ONE, SAME), (16, ONE, ONE, NONE)]
 PROJECTION = {"shortcut": "preact", "projection": (16, ONE, ONE, NONE)}
 
 
+class Widened:
+    """Composed operators with dW in the accumulator's dtype, as the other backends have it."""
+
+    def __init__(self, operators):
+        self.preact_conv_forward = operators.preact_conv_forward
+        self.preact_conv_dgrad = operators.preact_conv_dgrad
+        self.operators = operators
+
+    def preact_conv_wgrad(self, grad, *arguments):
+        dweight = self.operators.preact_conv_wgrad(grad, *arguments)
+        assert dweight.dtype == grad.dtype
+        return dweight.to(reference.accumulator(grad.dtype))
+
+    def preact_conv_backward(self, grad, *arguments):
+        g, sums, dweight = self.operators.preact_conv_backward(grad, *arguments)
+        assert dweight.dtype == grad.dtype
+        return g, sums, dweight.to(reference.accumulator(grad.dtype))
+
+
 @pytest.fixture
 def composed():
-    return Composed(torch.ops.fused_preact)
+    return Widened(Composed(torch.ops.fused_preact))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
