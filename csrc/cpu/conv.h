@@ -170,14 +170,45 @@ struct Packed {
   // Value j of row i is row_of(i)[j * stride]; rows in parallel.
   template <typename F>
   void fill(const Runtime& runtime, int64_t stride, const F& row_of) const {
-    const Parts parts(k, kMostParts);
+    if (stride == 1)
+      fill_rows(runtime, [](int64_t j) { return j; }, row_of);
+    else
+      fill_rows(runtime, [stride](int64_t j) { return j * stride; }, row_of);
+  }
+
+  // From the matrix's transpose [n, k], whose rows are `pitch` apart.
+  void fill_transposed(const Runtime& runtime, const O* transposed, int64_t pitch) const {
+    using Unit = std::conditional_t<kPairs<O>, Pair, O>;  // what moves as one
+    constexpr int64_t kRows = static_cast<int64_t>(sizeof(Unit) / sizeof(O));
+    const Parts parts(k / kRows, kMostParts);
+    parallel_for(runtime, parts.parts, [&](int64_t part) {
+      const int64_t begin = parts.begin(part), count = parts.end(part) - begin;
+      for (int64_t block = 0; block < blocks(); ++block)
+        transpose(reinterpret_cast<const Unit*>(transposed + block * kColumnBlock * pitch) + begin,
+                  columns(block), count, pitch / kRows, columns(block),
+                  reinterpret_cast<Unit*>(at(block, begin * kRows)));
+    });
+  }
+
+ private:
+  template <typename I, typename F>
+  void fill_rows(const Runtime& runtime, const I& index, const F& row_of) const {
+    constexpr int64_t kRows = kPairs<O> ? 2 : 1;
+    const Parts parts(k / kRows, kMostParts);
     parallel_for(runtime, parts.parts, [&](int64_t part) {
       for (int64_t block = 0; block < blocks(); ++block)
-        for (int64_t i = parts.begin(part); i < parts.end(part); ++i) {
-          const auto* const row = row_of(i) + block * kColumnBlock * stride;
-          O* const out = kPairs<O> ? at(block, i - i % 2) + i % 2 : at(block, i);
-          for (int64_t j = 0; j < columns(block); ++j)
-            narrow(widen(row[j * stride]), out[j * (kPairs<O> ? 2 : 1)]);
+        for (int64_t i = parts.begin(part) * kRows; i < parts.end(part) * kRows; i += kRows) {
+          const int64_t first = block * kColumnBlock;
+          const auto* const row = row_of(i);
+          O* const out = at(block, i);
+          if constexpr (kPairs<O>) {
+            const auto* const next = row_of(i + 1);
+            for (int64_t j = 0; j < columns(block); ++j)
+              reinterpret_cast<Pair*>(out)[j] = {row[index(first + j)], next[index(first + j)]};
+          } else {
+            for (int64_t j = 0; j < columns(block); ++j)
+              narrow(widen(row[index(first + j)]), out[j]);
+          }
         }
     });
   }
@@ -218,6 +249,13 @@ template <typename S>
 const S* weight_at(const Weight& w, int64_t k, int64_t c, int64_t r, int64_t s) {
   return static_cast<const S*>(w.data) + k * w.stride_k + c * w.stride_c + r * w.stride_r +
          s * w.stride_s;
+}
+
+// Whether each filter lies in memory as [R, S, C], as in channels_last weights.
+inline bool filters_are_rows(const Weight& w, const ConvShape& shape) {
+  const int64_t c = shape.input.channels, s = shape.kernel_width;
+  return w.stride_c == 1 && (s == 1 || w.stride_s == c) &&
+         (shape.kernel_height == 1 || w.stride_r == s * c) && w.stride_k % 2 == 0;
 }
 
 }  // namespace preact

@@ -21,9 +21,12 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   const A* const affine = static_cast<const A*>(op.affine);
 
   const Packed<O> weight{buffer<O>(Buffer::kWeight, r * run_length * k), r * run_length, k};
-  weight.fill(runtime, op.weight.stride_k, [&](int64_t row) {
-    return weight_at<S>(op.weight, 0, row % c, row / run_length, row / c % shape.kernel_width);
-  });
+  if (std::is_same_v<S, O> && filters_are_rows(op.weight, shape))
+    weight.fill_transposed(runtime, static_cast<const O*>(op.weight.data), op.weight.stride_k);
+  else
+    weight.fill(runtime, op.weight.stride_k, [&](int64_t row) {
+      return weight_at<S>(op.weight, 0, row % c, row / run_length, row / c % shape.kernel_width);
+    });
 
   const int64_t row_bytes = window.width * c * window.step_height * static_cast<int64_t>(sizeof(O));
   const int64_t weight_bytes = r * run_length * k * static_cast<int64_t>(sizeof(O));

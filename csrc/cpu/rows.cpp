@@ -398,6 +398,15 @@ struct Square<float> {
   }
 };
 template <>
+struct Square<Pair> {
+  static constexpr int kSize = 4;
+  typedef uint32_t Vector __attribute__((vector_size(16), aligned(2), may_alias));
+  static PREACT_INLINE void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  }
+};
+template <>
 struct Square<double> {
   static constexpr int kSize = 2;
   typedef double Vector __attribute__((vector_size(16), aligned(8), may_alias));
@@ -625,6 +634,7 @@ PREACT_ROWS(double, double)
 PREACT_TRANSPOSE(float)
 PREACT_TRANSPOSE(bf16)
 PREACT_TRANSPOSE(double)
+PREACT_TRANSPOSE(Pair)
 
 PREACT_CLONES void pair_rows(const bf16* in, int64_t rows, int64_t columns, bf16* out) {
   pair(in, rows, columns, out);

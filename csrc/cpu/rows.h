@@ -59,6 +59,13 @@ void transpose(const double* in, int64_t rows, int64_t columns, int64_t ld_in, i
 void transpose(const bf16* in, int64_t rows, int64_t columns, int64_t ld_in, int64_t ld_out,
                bf16* out);
 
+// The same of values that lie side by side.
+struct Pair {
+  bf16 first, second;
+};
+void transpose(const Pair* in, int64_t rows, int64_t columns, int64_t ld_in, int64_t ld_out,
+               Pair* out);
+
 // out[r / 2, c, r % 2] = in[r, c]; an odd number of rows is followed by one of zeros.
 void pair_rows(const bf16* in, int64_t rows, int64_t columns, bf16* out);
 

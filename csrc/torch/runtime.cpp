@@ -88,7 +88,8 @@ int64_t pairs_depth() {
 }
 
 void torch_parallel_for(int64_t count, void (*body)(int64_t, void*), void* context) {
-  const int64_t threads = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, count);
+  const int64_t threads =
+      std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count));
   std::vector<Range> ranges(threads);
   for (int64_t i = 0; i < threads; ++i) {
     ranges[i].next = i * count / threads;
