@@ -21,9 +21,10 @@ CONV_IMAGES, CONV_FILTERS = (64, 256, 16, 16), (256, 256, 3, 3)
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, versions and commit: what a reader of a result must know."""
     cuda = {"cuda": torch.version.cuda} if device.type == "cuda" else {}
+    matrices = " AMX" if _has("amx_bf16") else ""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": torch.backends.cpu.get_cpu_capability() + matrices,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -68,8 +69,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def multiplies_bfloat16(device: str) -> bool:
     """Whether it has instructions for that; torch emulates them where a processor has none."""
+    return device != "cpu" or _has("avx512_bf16")
+
+
+def _has(instructions: str) -> bool:
     info = Path("/proc/cpuinfo")
-    return device != "cpu" or (info.exists() and "avx512_bf16" in info.read_text())
+    return info.exists() and instructions in info.read_text()
 
 
 def _median_seconds(run: Any, device: torch.device, rounds: int = 9) -> float:

@@ -1,4 +1,4 @@
-"""The nine operators, each beside what PyTorch's own layers run in its place.
+"""The operators on single layers, each beside what PyTorch's own layers run in its place.
 
 Shapes are those of the stages of the CIFAR and ImageNet networks: a bottleneck's 1x1 in, 3x3 and
 1x1 out, and a basic unit's 3x3. All are of stride 1, as all but two units of a stage's are.

@@ -40,3 +40,23 @@ def test_nan_passes(activation, operators):
     input = torch.full((1, 3, 2, 2), float("nan"))
     affine = torch.ones(4, 3)
     assert operators.bn_relu_forward(input, affine, activation).isnan().all()
+
+
+@pytest.mark.parametrize("channels", [1, 7, 16, 31, 32, 33, 64, 70, 160])
+def test_rounds_to_nearest_even(channels):
+    """On the CPU, exactly as PyTorch, for ties, beside them, and numbers that are none.
+
+    u + shift is exact in float32 and lies between two bfloat16 numbers, halfway or 2^-20 off it;
+    how many are rounded together depends on the channels, also how a row ends.
+    """
+    u = torch.cat(
+        (torch.arange(128.0, 256) / 128, torch.tensor([torch.inf, -torch.inf, torch.nan]))
+    )
+    input = u.bfloat16().view(1, 1, 1, -1).expand(1, channels, 1, -1)
+    input = input.contiguous(memory_format=torch.channels_last)
+    beside = torch.tensor([2**-8, 2**-8 - 2**-20, 2**-8 + 2**-20, 0.0, -3.0])
+    shift = beside.repeat(channels)[:channels]
+    affine = torch.stack((torch.zeros(channels), *torch.ones(2, channels), shift))
+    h = torch.ops.fused_preact.bn_relu_forward(input, affine, "relu")
+    expected = (input.float() + shift.view(-1, 1, 1)).relu().bfloat16()
+    torch.testing.assert_close(h, expected, rtol=0, atol=0, equal_nan=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import assert_operator_rule
-from operands import DTYPES, GEOMETRIES, SAME, X3, operands
+from operands import DTYPES, GEOMETRIES, ONE, SAME, X3, operands
 
 from fused_preact import reference
 
@@ -31,6 +31,21 @@ def test_options(name, activation, with_residual, with_affine, dtype, operators)
     residual = o.residual if with_residual else None
     args = o.input, affine, o.weight, residual, *o.geometry, activation, False
     assert_operator_rule(operators, "preact_conv_forward", dtype, *args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("filters", [5, 64, 70])
+@pytest.mark.parametrize("kernel", [ONE, X3], ids=str)
+def test_weights_lie_anywhere(kernel, filters, dtype, operators):
+    """In NCHW memory, or as part of a wider weight, they give the same bits as in channels_last."""
+    o = operands(dtype, (2, 6, 5, 7), (filters, kernel, ONE, SAME))
+    wider = torch.cat((o.weight, o.weight), 1).contiguous(memory_format=torch.channels_last)
+    odd = torch.cat((wider, o.weight[:, :1]), 1).contiguous(memory_format=torch.channels_last)
+    rest = None, *o.geometry, "relu", False
+    expected, _, _ = operators.preact_conv_forward(o.input, o.affine, o.weight, *rest)
+    for weight in o.weight.contiguous(), wider[:, :6], odd[:, :6]:
+        output, _, _ = operators.preact_conv_forward(o.input, o.affine, weight, *rest)
+        assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
