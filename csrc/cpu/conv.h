@@ -15,10 +15,12 @@ constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
 constexpr int64_t kFewestParts = 8;        // of dW, and
 constexpr int64_t kMostDweights = 32;      // at most
 
-// Rows of a tile of results: few enough to stay in cache, with pixels enough to read weights for.
-inline int64_t rows_of_tile(int64_t row_pixels, int64_t pixel_bytes, int64_t most) {
+// Rows of a tile of results, of a band's: few enough to stay in cache, with pixels enough to read
+// weights for, and the last tile as high as the others if may be.
+inline int64_t rows_of_tile(int64_t row_pixels, int64_t pixel_bytes, int64_t band) {
   const int64_t pixels = std::max(kTileBytes / pixel_bytes, kTilePixels);
-  return std::clamp<int64_t>(pixels / row_pixels, 1, most);
+  const int64_t most = std::clamp<int64_t>(pixels / row_pixels, 1, band);
+  return ceil_div(band, ceil_div(band, most));
 }
 
 // Whether all rows of a band are one matrix product: with stride 1 the window of one row runs into
