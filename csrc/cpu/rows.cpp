@@ -244,10 +244,34 @@ PREACT_INLINE void store(A* tile, const S* addend, int64_t rows, int64_t columns
     store<false, false>(tile, addend, rows, columns, pitch, out, sum);
 }
 
+template <typename S, typename A>
+PREACT_INLINE void slope_sums(const S* g, const S* u, int64_t rows, int64_t columns, int64_t pitch,
+                              const A* __restrict mean, A* __restrict s1, A* __restrict s2) {
+  in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      A sum1 = 0, sum2 = 0;
+#pragma GCC unroll 4
+      for (int64_t i = row; i < row + kRows; ++i) {
+        const A slope = widen(g[i * pitch + c]);
+        sum1 += slope;
+        sum2 += slope * (widen(u[i * pitch + c]) - mean[c]);
+      }
+      s1[c] += sum1;
+      s2[c] += sum2;
+    }
+  });
+}
+
 template <typename Act, bool kAddend, bool kSums, typename S, typename A>
 PREACT_INLINE void slope(const A* dh, const S* addend, const S* u, int64_t rows, int64_t columns,
                          int64_t pitch, const A* __restrict affine, S* g, A* __restrict s1,
                          A* __restrict s2) {
+  // Of g as it is stored: what is left of it after BatchNorm's backward pass may be its rounding.
+  if constexpr (kSums && !std::is_same_v<S, A>) {
+    slope<Act, kAddend, false>(dh, addend, u, rows, columns, pitch, affine, g, s1, s2);
+    return slope_sums(g, u, rows, columns, pitch, affine, s1, s2);
+  }
   const A *mean = affine, *scale = affine + 2 * pitch, *shift = affine + 3 * pitch;
   rounded(
       rows, columns, pitch, g, PREACT_RESULTS(A) {

@@ -10,8 +10,7 @@ namespace preact {
 #define PREACT_ROWS(S, A)                                                                        \
   /* out = rounded(tile + addend), also left in tile, sum += out; addend, sum or null */         \
   void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels, S* out, A* sum);     \
-  /* g = rounded((dh + addend) * act'(z)); s1 += g, s2 += g * (u - mean), of g as it was before  \
-     it was rounded; addend, s1 or null */                                                       \
+  /* g = rounded((dh + addend) * act'(z)), s1 += g, s2 += g * (u - mean); addend, s1 or null */  \
   void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,      \
                   const A* affine, Activation activation, S* g, A* s1, A* s2);                   \
   /* du = rounded(residual + scale * g), sums of g as above; residual or s1 null */              \
