@@ -253,7 +253,8 @@ const S* weight_at(const Weight& w, int64_t k, int64_t c, int64_t r, int64_t s) 
          s * w.stride_s;
 }
 
-// Whether each filter lies in memory as [R, S, C], as in channels_last weights.
+// Whether each filter lies in memory as [R, S, C], as in channels_last weights, an even number of
+// values from one to the next, so that pairs of them can be moved.
 inline bool filters_are_rows(const Weight& w, const ConvShape& shape) {
   const int64_t c = shape.input.channels, s = shape.kernel_width;
   return w.stride_c == 1 && (s == 1 || w.stride_s == c) &&
