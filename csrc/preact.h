@@ -187,6 +187,7 @@ struct CudaRuntime {
   void* stream;  // cudaStream_t
   // Device memory that nobody else writes before the stream is past this launcher's kernels.
   void* (*allocate)(int64_t bytes, void* context);
+  void* (*allocate_zeros)(int64_t bytes, void* context);  // likewise, and it is zero
   void* context;
 };
 

@@ -372,9 +372,15 @@ def _where(needs: Sequence[bool], grads: Sequence[Tensor]) -> Iterator[Tensor | 
 
 
 def _all_to(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """In this dtype; all that change are copied by one operator, on a GPU in one launch."""
+    others = [tensor for tensor in tensors if tensor is not None and tensor.dtype != dtype]
+    if not others:
+        return list(tensors)
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
+    torch._foreach_copy_(copies, others)
+    left = iter(copies)
     return [
-        tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-        for tensor in tensors
+        tensor if tensor is None or tensor.dtype == dtype else next(left) for tensor in tensors
     ]
 
 

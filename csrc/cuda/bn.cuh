@@ -82,18 +82,16 @@ struct BnGrad {
     const int valid = channels.valid(first);
     const bool vectors = channels.vectors && valid > 0;
     const int64_t row = channels.count;
-    load_piece(affine + first, valid, vectors, mean);
+    // In an order that takes no more registers than stay in use: mean last, after it has held S2.
     load_piece(affine + 2 * row + first, valid, vectors, scale);
-    Piece rstd, s1, s2;
-    load_piece(affine + row + first, valid, vectors, rstd);
-    load_piece(sums + first, valid, vectors, s1);
-    load_piece(sums + row + first, valid, vectors, s2);
+    load_piece(sums + first, valid, vectors, offset);
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) {
-      const float share = -scale[j] * inverse_count;
-      slope[j] = share * rstd[j] * s2[j];
-      offset[j] = share * s1[j];
-    }
+    for (int j = 0; j < kPiece; ++j) offset[j] *= -scale[j] * inverse_count;
+    load_piece(affine + row + first, valid, vectors, slope);
+    load_piece(sums + row + first, valid, vectors, mean);
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) slope[j] = -scale[j] * inverse_count * slope[j] * mean[j];
+    load_piece(affine + first, valid, vectors, mean);
   }
   PREACT_DEVICE float du(int j, float g, float u) const {
     return fmaf(scale[j], g, fmaf(slope[j], u - mean[j], offset[j]));

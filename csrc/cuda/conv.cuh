@@ -210,8 +210,8 @@ struct Region {
 struct Walk {
   int image, row, column;  // in the tensor, from place.start
   int step_images, step_rows, step_columns, gather, rows, columns, end_row, end_column, images;
-  uint32_t height, width, image_rows, row_pixels;
-  int64_t start, of_pixel;  // elements
+  uint32_t height, width, image_rows, row_pixels, of_pixel;  // of_pixel and start: elements
+  int64_t start;
 
   PREACT_DEVICE Walk(const Region& region, const Place& place, uint32_t first, uint32_t step,
                      int64_t channel)
@@ -225,8 +225,8 @@ struct Walk {
         width(place.width),
         image_rows(static_cast<uint32_t>(region.r.source)),
         row_pixels(static_cast<uint32_t>(region.c.source)),
-        start(place.start + channel),
-        of_pixel(region.channels) {
+        of_pixel(static_cast<uint32_t>(region.channels)),
+        start(place.start + channel) {
     const auto unpack = [&](uint32_t packed, int& image, int& row, int& column) {
       image = static_cast<int>(packed >> 22);
       row = static_cast<int>(packed >> 11 & 2047) * gather;
@@ -244,7 +244,7 @@ struct Walk {
   }
   PREACT_DEVICE int64_t offset() const {
     const uint32_t pixel = (image * image_rows + row) * row_pixels + column;  // choose_patch()
-    return start + pixel * of_pixel;
+    return start + static_cast<int64_t>(uint64_t{pixel} * of_pixel);
   }
   PREACT_DEVICE void advance() {
     column += step_columns;
@@ -356,14 +356,13 @@ template <typename T, class Source, int kPieces, bool kTransposed, int kThreads>
 struct Window {
   static constexpr int kPitch = pitch<T>(kPieces * kPiece, kTransposed);
   static constexpr int kRowStep = kThreads / kPieces;
-  static constexpr int kMostPixels = kMostPiecesPerThread * kRowStep;
+  static constexpr int kMostPixels = std::min(kMostPiecesPerThread * kRowStep, 2048);  // packed()
 
   const Source& source;
   Region region;
   int pixels;            // that are filled
   uint32_t first, step;  // of this thread
 
-  static_assert(kMostPixels <= 2048);
   PREACT_DEVICE Window(const Source& source, const Axis& r, const Axis& c, const Patch& patch,
                        int64_t images, int least_pixels = 0)
       : source(source),

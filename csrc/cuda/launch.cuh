@@ -52,14 +52,11 @@ struct ReductionMemory {
   ReductionMemory() = default;
   ReductionMemory(const CudaRuntime& runtime, int values, int64_t parts, int64_t channels,
                   int64_t groups) {
-    constexpr int64_t kLineBytes = kLine * static_cast<int64_t>(sizeof(float));
-    const int64_t ticket_bytes =
-        ceil_div(groups * static_cast<int64_t>(sizeof(int)), kLineBytes) * kLineBytes;
-    const int64_t bytes = parts * values * ceil_div(channels, kLine) * kLineBytes;
-    void* const memory = runtime.allocate(ticket_bytes + bytes, runtime.context);
-    tickets = static_cast<int*>(memory);
-    partial = reinterpret_cast<float*>(static_cast<char*>(memory) + ticket_bytes);
-    zero(tickets, ticket_bytes, runtime.device, runtime.stream);
+    const int64_t floats = parts * values * ceil_div(channels, kLine) * kLine;
+    partial = static_cast<float*>(
+        runtime.allocate(floats * static_cast<int64_t>(sizeof(float)), runtime.context));
+    tickets = static_cast<int*>(
+        runtime.allocate_zeros(groups * static_cast<int64_t>(sizeof(int)), runtime.context));
   }
 };
 

@@ -4,22 +4,37 @@
 // Reads g', u' [M', K] once for each 64 or 128 input channels and row of the kernel, u [M, C] once
 // for each 64 output channels and row of the kernel with the halo of its patches (from the cache
 // after the first), writes and reads `splits` partial results of K*C*R*S floats. FLOPs
-// 2*M'*K*C*R*S.
+// 2*M'*K*C*R*S. Up to 32 by 32 channels: once for each three rows of the kernel.
 //
 // A block has 64 output channels by 64 input channels, or by 128 where there are as many, so that
 // fewer blocks copy and transform the same gradients; up to three taps of one row of the kernel;
-// and every splits-th patch of 64 pixels. A second launch adds the splits up, in order.
+// and every splits-th patch of 64 pixels. Where there are no more than 32 by 32 channels, and
+// tensor cores, it has three rows of the kernel, so that the prologues run once for all of them. A
+// second launch adds the splits up, in order.
 #include "conv.cuh"
 
 namespace preact {
 namespace cuda {
 namespace {
 
-constexpr int kTile = 64;         // channels: of the output, and of the input for each kAcross
-constexpr int kPatchPixels = 64;  // the GEMM's k axis, in one step
 constexpr int kReduceThreads = 256;
-constexpr int kGroupThreads = 128;  // that have 64 by 64 channels
-constexpr int64_t kGroupsPerMultiprocessor = 2;
+
+// What a block has: the channels of kDown by kAcross warps with 16 * kM outputs by 8 * kN inputs
+// each, kTaps of a row of the kernel, kRows of its rows, each with warps of its own, and kPixels of
+// a patch, the GEMM's k axis, in one step.
+template <int kDown, int kAcross_, int kM_, int kN_, int kTaps_, int kRows_, int kPixels_>
+struct WgradTile {
+  static constexpr int kAcross = kAcross_, kM = kM_, kN = kN_, kTaps = kTaps_, kRows = kRows_;
+  static constexpr int kPixels = kPixels_;
+  static constexpr int kOutputs = kDown * 16 * kM, kInputs = kAcross * 8 * kN;
+  static constexpr int kThreads = 32 * kDown * kAcross * kRows;
+  static constexpr int64_t kBlocks = kThreads > 192 ? 1 : 2;  // a multiprocessor
+};
+template <int kTaps>
+using SquareTile = WgradTile<2, 2, 2, 4, kTaps, 1, 64>;
+template <int kTaps>
+using WideTile = WgradTile<2, 4, 2, 4, kTaps, 1, 64>;
+using NarrowTile = WgradTile<2, 1, 1, 4, 3, 3, 128>;
 
 // Where a tile's windows lie.
 struct WgradPlaces {
@@ -28,7 +43,8 @@ struct WgradPlaces {
 
 // Shared memory, in bytes from its start: the table of rows, axes, the places of tiles, and rings
 // whose slots are used in turn: what is inside of the windows, gradients, second tensors, windows.
-constexpr int kAxesAt = kPatchPixels * static_cast<int>(sizeof(int));
+constexpr int kAxesAt =
+    std::max(SquareTile<1>::kPixels, NarrowTile::kPixels) * static_cast<int>(sizeof(int));
 constexpr int kPlacesAt = kAxesAt + 128;
 static_assert(2 * sizeof(Axis) <= 128);
 constexpr int kInsideAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(WgradPlaces));
@@ -40,26 +56,27 @@ struct WgradTiling {
   int64_t grads, second, windows, window_bytes, shared_bytes;
 };
 
-template <typename T, Activation kActivation, int kTaps, int kAcross>
-__global__ __launch_bounds__(kAcross* kGroupThreads) void preact_conv_wgrad_kernel(
+template <typename T, Activation kActivation, class Tile>
+__global__ __launch_bounds__(Tile::kThreads) void preact_conv_wgrad_kernel(
     const WgradTiling tiling, const ConvShape s, const Gradient<T> grad,
     const Activated<T, kActivation> input,
     float* partial) {  // [splits, R * S, K, C]
-  constexpr int kThreads = kAcross * kGroupThreads, kTileAcross = kAcross * kTile;
-  constexpr int kPieces = kTile / kPiece, kGradPitch = pitch<T>(kTile, true);
-  constexpr int kPitch = pitch<T>(kTileAcross, true);
-  constexpr int kM = 2, kN = 4;  // a warp has 32 by 32 channels
-  constexpr int64_t kGradBytes = kPatchPixels * kGradPitch * static_cast<int64_t>(sizeof(T));
+  constexpr int kThreads = Tile::kThreads, kTaps = Tile::kTaps;
+  constexpr int kGradPitch = pitch<T>(Tile::kOutputs, true);
+  constexpr int kPitch = pitch<T>(Tile::kInputs, true);
+  constexpr int kM = Tile::kM, kN = Tile::kN;
+  constexpr int64_t kGradBytes = Tile::kPixels * kGradPitch * static_cast<int64_t>(sizeof(T));
   const int64_t k = s.output.channels, c = s.input.channels;
-  const int tiles_across = static_cast<int>((c + kTileAcross - 1) / kTileAcross);
-  const int first_k = static_cast<int>(blockIdx.y) / tiles_across * kTile;
-  const int first_c = static_cast<int>(blockIdx.y) % tiles_across * kTileAcross;
+  const int tiles_across = static_cast<int>((c + Tile::kInputs - 1) / Tile::kInputs);
+  const int first_k = static_cast<int>(blockIdx.y) / tiles_across * Tile::kOutputs;
+  const int first_c = static_cast<int>(blockIdx.y) % tiles_across * Tile::kInputs;
 
   const int kernel_width = static_cast<int>(s.kernel_width);
   const int groups = (kernel_width + kTaps - 1) / kTaps;
-  const int tap_row = static_cast<int>(blockIdx.z) / groups;
+  const int first_row = static_cast<int>(blockIdx.z) / groups * Tile::kRows;
   const int first_tap = static_cast<int>(blockIdx.z) % groups * kTaps;
-  const int taps = kernel_width - first_tap < kTaps ? kernel_width - first_tap : kTaps;
+  const int rows_left = static_cast<int>(s.kernel_height) - first_row;
+  const int taps_left = kernel_width - first_tap;
   const Axis grad_rows = forward_axis(s.output.height, s.output.height, 0, 1, 1, 0);
   const Axis grad_columns = forward_axis(s.output.width, s.output.width, 0, 1, 1, 0);
 
@@ -67,9 +84,11 @@ __global__ __launch_bounds__(kAcross* kGroupThreads) void preact_conv_wgrad_kern
   // In shared memory, since what depends on the block would take registers in every loop.
   Axis* const axes = reinterpret_cast<Axis*>(shared + kAxesAt);
   if (threadIdx.x == 0) {
-    axes[0] = forward_axis(s.input.height, s.output.height, tap_row, 1, s.stride_height, s.pad_top);
-    axes[1] =
-        forward_axis(s.input.width, s.output.width, first_tap, taps, s.stride_width, s.pad_left);
+    axes[0] =
+        forward_axis(s.input.height, s.output.height, first_row,
+                     rows_left < Tile::kRows ? rows_left : Tile::kRows, s.stride_height, s.pad_top);
+    axes[1] = forward_axis(s.input.width, s.output.width, first_tap,
+                           taps_left < kTaps ? taps_left : kTaps, s.stride_width, s.pad_left);
   }
   __syncthreads();
   const Axis &rows = axes[0], &columns = axes[1];
@@ -89,16 +108,19 @@ __global__ __launch_bounds__(kAcross* kGroupThreads) void preact_conv_wgrad_kern
     return reinterpret_cast<uint32_t*>(shared + kInsideAt) + 2 * kThreads * slot + threadIdx.x;
   };
 
-  const Window<T, Gradient<T>, kPieces, true, kThreads> dy(
-      grad, grad_rows, grad_columns, tiling.patch, s.input.images, kPatchPixels);
-  const Window<T, Activated<T, kActivation>, kAcross * kPieces, true, kThreads> h(
+  const Window<T, Gradient<T>, Tile::kOutputs / kPiece, true, kThreads> dy(
+      grad, grad_rows, grad_columns, tiling.patch, s.input.images, Tile::kPixels);
+  const Window<T, Activated<T, kActivation>, Tile::kInputs / kPiece, true, kThreads> h(
       input, rows, columns, tiling.patch, s.input.images);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const int warp_k = thread / 32 / (2 * kAcross) * 32, warp_c = thread / 32 % (2 * kAcross) * 32;
+  const int warp = thread / 32, tap_row = warp % Tile::kRows;
+  const int warp_k = warp / Tile::kRows / Tile::kAcross * 16 * kM;
+  const int warp_c = warp / Tile::kRows % Tile::kAcross * 8 * kN;
   // A tile of 128 input channels has them all.
   const int64_t channels_left = c - first_c - warp_c;
-  const int live = kAcross == 1 && channels_left < 32 ? static_cast<int>(channels_left) : 32;
-  const bool works = live > 0 && first_k + warp_k < k;
+  const int live =
+      Tile::kInputs < 128 && channels_left < 8 * kN ? static_cast<int>(channels_left) : 8 * kN;
+  const bool works = live > 0 && first_k + warp_k < k && tap_row < rows.taps;
 
   float sums[kTaps][kM][kN][4] = {};
   const int64_t all_tiles = tiling.patch.tiles(s.input.images, rows, columns);
@@ -118,7 +140,7 @@ __global__ __launch_bounds__(kAcross* kGroupThreads) void preact_conv_wgrad_kern
     }
     copies_commit();
   };
-  fill_row_table(table, kPatchPixels, tiling.patch, rows, columns, kPitch);
+  fill_row_table(table, Tile::kPixels, tiling.patch, rows, columns, kPitch);
   const int copied = tiling.stages - 1;  // tiles
   if (thread == 0)
     for (int tile = 0; tile <= copied; ++tile) find_places(tile);
@@ -134,12 +156,12 @@ __global__ __launch_bounds__(kAcross* kGroupThreads) void preact_conv_wgrad_kern
     __syncthreads();
     fetch(tile + copied, slot > 0 ? slot - 1 : copied, second);  // where everybody has finished
     const T* const a = grad_at(slot) + warp_k;
-    const T* const b = window_at(slot) + warp_c;
+    const T* const b = window_at(slot) + tap_row * h.region.columns() * kPitch + warp_c;
     slot = next_slot(slot, tiling.stages);
     second = next_slot(second, copied);
     if (!works) continue;
 #pragma unroll
-    for (int p0 = 0; p0 < kPatchPixels; p0 += 16) {
+    for (int p0 = 0; p0 < Tile::kPixels; p0 += 16) {
       if (p0 >= tiling.patch.pixels()) break;
 #pragma unroll
       for (int t = 0; t < kTaps; ++t)
@@ -150,6 +172,7 @@ __global__ __launch_bounds__(kAcross* kGroupThreads) void preact_conv_wgrad_kern
     }
   }
 
+  if (tap_row >= rows.taps) return;
 #pragma unroll
   for (int t = 0; t < kTaps; ++t)
 #pragma unroll
@@ -161,7 +184,7 @@ __global__ __launch_bounds__(kAcross* kGroupThreads) void preact_conv_wgrad_kern
           const int64_t row = first_k + warp_k + 16 * m + 8 * h + lane / 4;
           const int64_t column = first_c + warp_c + 8 * n + lane % 4 * 2;
           if (t >= columns.taps || row >= k || column >= c) continue;
-          const int64_t tap = int64_t{tap_row} * kernel_width + first_tap + t;
+          const int64_t tap = int64_t{first_row + tap_row} * kernel_width + first_tap + t;
           const int64_t plane = blockIdx.x * s.kernel_height * s.kernel_width + tap;
           float* const to = partial + (plane * k + row) * c + column;
           const float2 pair = make_float2(sums[t][m][n][2 * h], sums[t][m][n][2 * h + 1]);
@@ -195,14 +218,14 @@ struct WgradGrid {
 
 // Enough blocks to fill the device, but partial results that stay small against what is read, and
 // at most one block for each of `tiles`.
-template <int kAcross>
-WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int taps_of_block,
-                     int64_t bytes, int64_t tiles) {
+template <class Tile>
+WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int64_t bytes, int64_t tiles) {
   const int64_t k = s.output.channels, c = s.input.channels;
-  const int64_t channel_tiles = ceil_div(k, kTile) * ceil_div(c, kAcross * kTile);
-  const int64_t tap_groups = s.kernel_height * ceil_div(s.kernel_width, taps_of_block);
-  const int64_t to_fill = kGroupsPerMultiprocessor / kAcross * multiprocessors(runtime.device) /
-                          (channel_tiles * tap_groups);
+  const int64_t channel_tiles = ceil_div(k, Tile::kOutputs) * ceil_div(c, Tile::kInputs);
+  const int64_t tap_groups =
+      ceil_div(s.kernel_height, Tile::kRows) * ceil_div(s.kernel_width, Tile::kTaps);
+  const int64_t to_fill =
+      Tile::kBlocks * multiprocessors(runtime.device) / (channel_tiles * tap_groups);
   const int64_t read = (s.input.pixels() * c + s.output.pixels() * k) * bytes;
   const int64_t partial_bytes =
       k * c * s.kernel_height * s.kernel_width * static_cast<int64_t>(sizeof(float));
@@ -214,35 +237,40 @@ WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int taps_of
 // to do than tiles of 64.
 template <typename T, int kTaps>
 bool wide(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+  using Square = SquareTile<kTaps>;
+  using Wide = WideTile<kTaps>;
   const ConvShape s = flattened(op.shape);
-  if (s.input.channels % (2 * kTile) != 0 || most_shared_bytes(runtime.device) < kWideBytes)
+  if (s.input.channels % Wide::kInputs != 0 || most_shared_bytes(runtime.device) < kWideBytes)
     return false;
-  const int64_t tiles = ceil_div(s.output.pixels(), kPatchPixels);
+  const int64_t tiles = ceil_div(s.output.pixels(), Square::kPixels);
   const auto of_busiest = [&](const WgradGrid& grid) {
     const int64_t blocks = ceil_div(grid.blocks(), multiprocessors(runtime.device));
     return blocks * ceil_div(tiles, grid.splits);
   };
-  return 2 * of_busiest(wgrad_grid<2>(runtime, s, kTaps, sizeof(T), tiles)) <=
-         of_busiest(wgrad_grid<1>(runtime, s, kTaps, sizeof(T), tiles));
+  return 2 * of_busiest(wgrad_grid<Wide>(runtime, s, sizeof(T), tiles)) <=
+         of_busiest(wgrad_grid<Square>(runtime, s, sizeof(T), tiles));
 }
 
-template <typename T, Activation kActivation, int kTaps, int kAcross>
+template <typename T, Activation kActivation, class Tile>
 void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
-  constexpr int kThreads = kAcross * kGroupThreads;
   const ConvShape s = flattened(op.shape);
   const int64_t k = s.output.channels, c = s.input.channels;
   const int64_t taps = s.kernel_height * s.kernel_width;
-  const int taps_across = static_cast<int>(std::min<int64_t>(kTaps, s.kernel_width));
-  const Axis rows = forward_axis(s.input.height, s.output.height, 0, 1, s.stride_height, 0);
+  const auto axis = [](int64_t input, int64_t output, int64_t taps, int most, int64_t stride) {
+    return forward_axis(input, output, 0, static_cast<int>(std::min<int64_t>(taps, most)), stride,
+                        0);
+  };
+  const Axis rows =
+      axis(s.input.height, s.output.height, s.kernel_height, Tile::kRows, s.stride_height);
   const Axis columns =
-      forward_axis(s.input.width, s.output.width, 0, taps_across, s.stride_width, 0);
+      axis(s.input.width, s.output.width, s.kernel_width, Tile::kTaps, s.stride_width);
 
   constexpr int64_t kBytes = sizeof(T);
-  constexpr int64_t kPixelBytes = pitch<T>(kAcross * kTile, true) * kBytes;
-  constexpr int64_t kGradBytes = kPatchPixels * pitch<T>(kTile, true) * kBytes;
+  constexpr int64_t kPixelBytes = pitch<T>(Tile::kInputs, true) * kBytes;
+  constexpr int64_t kGradBytes = Tile::kPixels * pitch<T>(Tile::kOutputs, true) * kBytes;
   const auto lay_out = [&](WgradTiling tiling, int64_t window, int stages) {
     tiling.stages = stages;
-    tiling.grads = kInsideAt + 2 * kThreads * stages * static_cast<int64_t>(sizeof(uint32_t));
+    tiling.grads = kInsideAt + 2 * Tile::kThreads * stages * static_cast<int64_t>(sizeof(uint32_t));
     tiling.second = tiling.grads + stages * kGradBytes;
     tiling.windows = tiling.second + (op.grad.output ? stages - 1 : 0) * kGradBytes;
     tiling.window_bytes = window * kPixelBytes;
@@ -250,21 +278,21 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
     return tiling;
   };
   const int64_t fixed = lay_out({}, 0, 2).shared_bytes;
-  using Inputs = Window<T, Activated<T, kActivation>, kAcross * kTile / kPiece, true, kThreads>;
+  using Inputs = Window<T, Activated<T, kActivation>, Tile::kInputs / kPiece, true, Tile::kThreads>;
   const int64_t most_window = std::min<int64_t>(
       (most_shared_bytes(runtime.device) - fixed) / (2 * kPixelBytes), Inputs::kMostPixels);
   WgradTiling tiling{};
   tiling.patch =
-      choose_patch(s.input.images, rows, columns, kPatchPixels, static_cast<int>(most_window));
+      choose_patch(s.input.images, rows, columns, Tile::kPixels, static_cast<int>(most_window));
   const int64_t window = tiling.patch.window(rows, columns);
-  const auto kernel = preact_conv_wgrad_kernel<T, kActivation, kTaps, kAcross>;
-  const int stages =
-      choose_stages(runtime, kernel, kThreads, kGroupsPerMultiprocessor / kAcross,
-                    [&](int stages) { return lay_out(tiling, window, stages).shared_bytes; });
+  const auto kernel = preact_conv_wgrad_kernel<T, kActivation, Tile>;
+  const int stages = choose_stages(runtime, kernel, Tile::kThreads, Tile::kBlocks, [&](int stages) {
+    return lay_out(tiling, window, stages).shared_bytes;
+  });
   tiling = lay_out(tiling, window, stages);
 
-  const WgradGrid blocks = wgrad_grid<kAcross>(runtime, s, kTaps, kBytes,
-                                               tiling.patch.tiles(s.input.images, rows, columns));
+  const WgradGrid blocks =
+      wgrad_grid<Tile>(runtime, s, kBytes, tiling.patch.tiles(s.input.images, rows, columns));
   tiling.splits = static_cast<int>(blocks.splits);
   const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
   float* const partial =
@@ -275,7 +303,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
                                         static_cast<const float*>(op.affine)};
   const Grid grid{static_cast<unsigned>(blocks.splits), static_cast<unsigned>(blocks.channel_tiles),
                   static_cast<unsigned>(blocks.tap_groups)};
-  launch("preact_conv_wgrad", kernel, grid, kThreads, tiling.shared_bytes, runtime.device,
+  launch("preact_conv_wgrad", kernel, grid, Tile::kThreads, tiling.shared_bytes, runtime.device,
          runtime.stream, tiling, s, Gradient<T>(op.grad, s.output), input, partial);
   launch("preact_conv_wgrad (splits)", reduce_splits_kernel,
          {static_cast<unsigned>(ceil_div(taps * k * c, kReduceThreads))}, kReduceThreads, 0,
@@ -284,10 +312,14 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
 }
 
 template <typename T, Activation kActivation, int kTaps>
-void choose_width(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+void choose_tile(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+  if constexpr (kTaps > 1 && !std::is_same_v<T, float>)
+    if (op.shape.output.channels <= NarrowTile::kOutputs &&
+        op.shape.input.channels <= NarrowTile::kInputs)
+      return run<T, kActivation, NarrowTile>(runtime, op);
   if constexpr (sizeof(T) == 2)
-    if (wide<T, kTaps>(runtime, op)) return run<T, kActivation, kTaps, 2>(runtime, op);
-  run<T, kActivation, kTaps, 1>(runtime, op);
+    if (wide<T, kTaps>(runtime, op)) return run<T, kActivation, WideTile<kTaps>>(runtime, op);
+  run<T, kActivation, SquareTile<kTaps>>(runtime, op);
 }
 
 }  // namespace
@@ -296,9 +328,9 @@ void choose_width(const CudaRuntime& runtime, const PreactConvWgrad& op) {
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   cuda::dispatch_conv(op, [&]<typename T, Activation kActivation>() {
     if (op.shape.kernel_width == 1)
-      cuda::choose_width<T, kActivation, 1>(runtime, op);
+      cuda::choose_tile<T, kActivation, 1>(runtime, op);
     else
-      cuda::choose_width<T, kActivation, 3>(runtime, op);
+      cuda::choose_tile<T, kActivation, 3>(runtime, op);
   });
 }
 

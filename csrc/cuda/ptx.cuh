@@ -222,12 +222,6 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shar
   return blocks;
 }
 
-inline void zero(void* memory, int64_t bytes, int device, void* stream) {
-  check(cudaSetDevice(device), "cudaSetDevice");
-  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
-        "cudaMemsetAsync");
-}
-
 struct Grid {
   unsigned x, y = 1, z = 1;
 };

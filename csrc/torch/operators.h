@@ -2,7 +2,8 @@
 // call of the launcher. The arguments and results are those of fused_preact/reference.py.
 //
 // A Device is made for a call, of a tensor that lives there. It has runs(dtype), kDtypes (their
-// names) and runtime(), what the launchers of preact.h take first.
+// names) and runtime(), what the launchers of preact.h take first. A Device::Call lives while
+// several of them run one after the other.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -10,6 +10,9 @@ class CpuDevice {
  public:
   static constexpr char kDtypes[] = "float32, bfloat16 or float64";
   static bool runs(Dtype dtype) { return dtype != Dtype::kFloat16; }
+  struct Call {
+    explicit Call(const Tensor&) {}
+  };
 
   explicit CpuDevice(const Tensor&) {}
   Runtime runtime() { return torch_runtime(); }

@@ -102,6 +102,7 @@ struct UnitOperators {
     check_count("bn_biases", bn_biases, n);
     check_count("stats", stats, n);
     check_count("eps", eps, n);
+    [[maybe_unused]] const typename Device::Call call(input);
     const auto affine_of = [&](size_t k) {
       return Layer::bn_affine(*stats[k], bn_weights[k], bn_biases[k], eps[k]);
     };
@@ -156,6 +157,7 @@ struct UnitOperators {
     check_count("needs_projections", needs_projections, all.units.size());
     check(affines.size() == n || affines.size() == n - 1, "affines: expected ", n, " or ", n - 1,
           ", got ", affines.size());
+    [[maybe_unused]] const typename Device::Call call(grad);
     OptionalTensors by_conv(n - affines.size());
     by_conv.insert(by_conv.end(), affines.begin(), affines.end());
 

@@ -231,17 +231,14 @@ void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 inline int multiprocessors(int) { return emulator::device.multiprocessors; }
 // As shared memory has room, of which the system takes 1 KB for each block; a thread has as many
-// registers as leave room for 256.
+// registers as leave room for 256, or for one block.
 template <typename Kernel>
 int64_t resident_blocks(Kernel, int threads, int64_t shared_bytes, int) {
   constexpr int64_t kSystem = 1024;
   const int64_t room = (emulator::device.most_shared_bytes + kSystem) / (shared_bytes + kSystem);
-  return std::min<int64_t>(256 / threads, room);
+  return std::min<int64_t>(std::max(256 / threads, 1), room);
 }
 inline int64_t most_shared_bytes(int) { return emulator::device.most_shared_bytes; }
-inline void zero(void* memory, int64_t bytes, int, void*) {
-  if (!emulator::recording) std::memset(memory, 0, static_cast<size_t>(bytes));
-}
 
 struct Grid {
   unsigned x, y = 1, z = 1;

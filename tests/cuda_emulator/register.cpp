@@ -1,6 +1,7 @@
 // The CUDA kernels as operators fused_preact_emulator::* on CPU tensors, by the same checks and
 // launchers as on a GPU.
 #include "../../csrc/cuda/ptx.cuh"
+#include "../../csrc/torch/call_zeros.h"
 #include "../../csrc/torch/operators.h"
 #include "../../csrc/torch/units.h"
 
@@ -11,9 +12,10 @@ class EmulatedDevice {
  public:
   static constexpr char kDtypes[] = "float32, bfloat16 or float16";
   static bool runs(Dtype dtype) { return dtype != Dtype::kFloat64; }
+  using Call = CallZeros;
 
-  explicit EmulatedDevice(const Tensor&) {}
-  CudaRuntime runtime() { return {0, nullptr, &allocate, this}; }
+  explicit EmulatedDevice(const Tensor& tensor) : device_(tensor.device()) {}
+  CudaRuntime runtime() { return {0, nullptr, &allocate, &allocate_zeros, this}; }
 
  private:
   static void* allocate(int64_t bytes, void* context) {
@@ -24,7 +26,15 @@ class EmulatedDevice {
     if (!emulator::recording) std::memset(memory, 0xff, static_cast<size_t>(bytes));  // poison
     return memory;
   }
+  static void* allocate_zeros(int64_t bytes, void* context) {
+    auto* const self = static_cast<EmulatedDevice*>(context);
+    if (void* const zeros = CallZeros::take(bytes, self->device_)) return zeros;
+    void* const memory = allocate(bytes, context);
+    std::memset(memory, 0, static_cast<size_t>(bytes));
+    return memory;
+  }
 
+  torch::stable::Device device_;
   std::vector<std::unique_ptr<unsigned char, void (*)(void*)>> memory_;
 };
 

@@ -159,6 +159,16 @@ def test_convolutions_touch_what_their_heads_say(emulator, kernel, dtype):
     hold(counts, reads, vectors, results, (scratch, scratch))
 
 
+def test_wgrad_of_few_channels_reads_its_operands_once(emulator):
+    """All three rows of the kernel in a block, in 16 bits."""
+    layer = Layer(torch.bfloat16, 32, 32, 3)
+    results, counts, grid = count(emulator, "preact_conv_wgrad", layer.calls()["preact_conv_wgrad"])
+    scratch = grid[0] * 4 * layer.weight.numel()
+    reads = {layer.g: 1, layer.y: 1, layer.u: 9 / 8}  # an 8x16 patch reads 9 rows of 16
+    vectors = [layer.affine, layer.y_affine, layer.y_sums]
+    hold(counts, reads, vectors, results, (scratch, scratch))
+
+
 # --- sectors and banks ---------------------------------------------------------------------------
 
 
