@@ -379,9 +379,7 @@ def _all_to(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
     torch._foreach_copy_(copies, others)
     left = iter(copies)
-    return [
-        tensor if tensor is None or tensor.dtype == dtype else next(left) for tensor in tensors
-    ]
+    return [tensor if tensor is None or tensor.dtype == dtype else next(left) for tensor in tensors]
 
 
 class _BnReluConfig(NamedTuple):
