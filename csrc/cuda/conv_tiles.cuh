@@ -375,10 +375,11 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   }
 
   if (!memory.partial) return;
+  const int parts = blocks * static_cast<int>(gridDim.z);
   const Reduction reduction{memory.partial,
-                            memory.tickets + blockIdx.x % tiles_across,
+                            memory.tickets + blockIdx.x % tiles_across * tickets_of(parts),
                             result.count,
-                            blocks * static_cast<int>(gridDim.z),
+                            parts,
                             block + blocks * static_cast<int>(blockIdx.z),
                             first_channel,
                             kAcross * live_pieces * kPiece};

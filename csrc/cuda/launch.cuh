@@ -55,8 +55,8 @@ struct ReductionMemory {
     const int64_t floats = parts * values * ceil_div(channels, kLine) * kLine;
     partial = static_cast<float*>(
         runtime.allocate(floats * static_cast<int64_t>(sizeof(float)), runtime.context));
-    tickets = static_cast<int*>(
-        runtime.allocate_zeros(groups * static_cast<int64_t>(sizeof(int)), runtime.context));
+    tickets = static_cast<int*>(runtime.allocate_zeros(
+        groups * tickets_of(parts) * static_cast<int64_t>(sizeof(int)), runtime.context));
   }
 };
 

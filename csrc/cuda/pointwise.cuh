@@ -61,7 +61,7 @@ struct PointwiseThread {
 
   PREACT_DEVICE Reduction reduction(const Pointwise& p, const ReductionMemory& memory) const {
     return {memory.partial,
-            memory.tickets + blockIdx.y,
+            memory.tickets + blockIdx.y * tickets_of(gridDim.x),
             p.channels.count,
             static_cast<int>(gridDim.x),
             static_cast<int>(blockIdx.x),

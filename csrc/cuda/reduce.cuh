@@ -1,5 +1,6 @@
-// Per-channel sums over all pixels: each thread over its own, a block over its threads, the last
-// block to arrive over the blocks. Every merge has a fixed order, so that reruns are bit-identical.
+// Per-channel sums over all pixels: each thread over its own, a block over its threads, the last of
+// kMergedAtOnce blocks to arrive over these, the last of those over all. Every merge has a fixed
+// order, so that reruns are bit-identical.
 #pragma once
 
 #include "piece.cuh"
@@ -130,10 +131,20 @@ struct PieceSums {
 // Channels whose values lie together: 128 bytes of each, whole sectors for a warp.
 constexpr int kLine = 32;
 
+// Blocks that one block merges, where there are more: a merge's loads wait for nothing but memory,
+// yet one block has few threads.
+constexpr int kMergedAtOnce = 16;
+
+// Of the first merges and, last to arrive at its own, of the second.
+__host__ __device__ constexpr int merges_of(int64_t parts) {
+  return static_cast<int>((parts + kMergedAtOnce - 1) / kMergedAtOnce);
+}
+__host__ __device__ constexpr int tickets_of(int64_t parts) { return 1 + merges_of(parts); }
+
 // What one launch reduces: `parts` blocks share the channels [first, first + width) of `channels`.
 struct Reduction {
   float* partial;  // [parts, channels / kLine, kValues, kLine]
-  int* ticket;     // 0 at launch, one for each group of channels
+  int* tickets;    // [tickets_of(parts)], 0 at launch, for each group of channels
   int64_t channels;
   int parts, part;  // blocks that merge, and which one this is
   int64_t first;    // channels of this block
@@ -202,24 +213,42 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
     return r.partial + part * of_part + (channel / kLine * kValues + value) * kLine +
            channel % kLine;
   };
+  const auto store_part = [&](int part, int c, const Total& total) {
+    float values[kValues];
+    total.get(values);
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) store(partial(part, v, c), values[v]);
+  };
   merge_parts<Total>(
       r, rows, merged, [&](int row, int v, int c) { return load_shared(at(v, row, c)); },
-      [&](int c, const Total& total) {
-        float values[kValues];
-        total.get(values);
-#pragma unroll
-        for (int v = 0; v < kValues; ++v) store(partial(r.part, v, c), values[v]);
-      });
+      [&](int c, const Total& total) { store_part(r.part, c, total); });
 
-  __threadfence();
-  __syncthreads();
-  int* const last = reinterpret_cast<int*>(shared);
-  if (threadIdx.x == 0) store_shared(last, int{arrives_last(r.ticket, r.parts)});
-  __syncthreads();
-  if (!load_shared(last)) return;
-  __threadfence();
+  const auto is_last = [&](int* ticket, int blocks) {
+    __threadfence();
+    __syncthreads();
+    int* const last = reinterpret_cast<int*>(shared);
+    if (threadIdx.x == 0) store_shared(last, int{arrives_last(ticket, blocks)});
+    __syncthreads();
+    if (!load_shared(last)) return false;
+    __threadfence();
+    return true;
+  };
+  int parts = r.parts, step = 1;
+  if (parts > kMergedAtOnce) {
+    const int merge = r.part / kMergedAtOnce, begin = merge * kMergedAtOnce;
+    const int mine = parts - begin < kMergedAtOnce ? parts - begin : kMergedAtOnce;
+    if (!is_last(r.tickets + 1 + merge, mine)) return;
+    merge_parts<Total>(
+        r, mine, merged,
+        [&](int part, int v, int c) { return load_fresh(partial(begin + part, v, c)); },
+        [&](int c, const Total& total) { store_part(begin, c, total); });
+    parts = merges_of(parts);
+    step = kMergedAtOnce;
+  }
+  if (!is_last(r.tickets, parts)) return;
   merge_parts<Total>(
-      r, r.parts, merged, [&](int part, int v, int c) { return load_fresh(partial(part, v, c)); },
+      r, parts, merged,
+      [&](int part, int v, int c) { return load_fresh(partial(part * step, v, c)); },
       [&](int c, const Total& total) { finish(r.first + c, total); });
 }
 

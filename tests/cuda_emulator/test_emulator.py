@@ -15,6 +15,7 @@ from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
 from cuda_emulator.emulator import Emulator
 from numerics import assert_rule, make_case, tf32
 from operands import calls_with, units_operands
+from torch import Tensor
 
 from fused_preact import ops, reference
 from fused_preact.units import Chain
@@ -31,7 +32,10 @@ def test_operators_match_reference(emulator, shape, dtype, whole):
     """Each within a few roundings of its dtype, relative to the largest value."""
     activation = "silu" if shape.channels % 5 == 0 else "relu"
     ours = run(emulator.operators, shape, dtype, activation, whole)
-    truth = run(reference, shape, dtype, activation, whole)
+    assert_close(ours, run(reference, shape, dtype, activation, whole), dtype)
+
+
+def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> None:
     for name, true in truth.items():
         assert ours[name].shape == true.shape and ours[name].dtype == true.dtype, name
         if true.numel() == 0:
@@ -189,6 +193,25 @@ def test_number_of_stages_does_not_matter(emulator):
             for name in CONVOLUTIONS:
                 assert torch.equal(results[0][name], other[name]), f"{shape} {name}"
     assert all(stages[name] == {2, 3, 4} for name in CONVOLUTIONS), stages
+
+
+@pytest.mark.parametrize("blocks", [16, 17, 40])
+def test_sums_of_many_blocks(emulator, blocks):
+    """Merged at once up to 16, else 16 at a time: as the reference has them, whoever comes last."""
+    shape = Shape(blocks, 8, 8, 16, 8, (1, 1))  # an image a tile
+    truth = run(reference, shape, torch.float32, "relu", True)
+    results = []
+    with emulator.device(64, 163 * 1024):
+        for seed in range(3):
+            emulator.seed(seed)
+            results.append(run(emulator.operators, shape, torch.float32, "relu", True))
+    with emulator.recording(64, 163 * 1024) as launches:
+        run(emulator.operators, shape, torch.float32, "relu", True)
+    forward = [launch for launch in launches if "conv_forward" in launch.kernel]
+    assert {launch.grid for launch in forward} == {(blocks, 1, 1)}
+    assert_close(results[0], truth, torch.float32)
+    for name, first in results[0].items():
+        assert all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
