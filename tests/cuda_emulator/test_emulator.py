@@ -145,13 +145,24 @@ def test_units_in_one_call(emulator, dtype):
         ([(8, 1, 2), (8, 3, 1), (24, 1, 1)], "preact", 24),
         ([(24, 3, 1), (24, 3, 1)], "input", None),
     ]
-    o = units_operands(dtype, units, lambda k: k != 3, False)
+    assert_as_layers(emulator.operators, units_operands(dtype, units, lambda k: k != 3, False))
+
+
+def test_units_whose_reductions_need_more_zeros(emulator):
+    """More than the 16 KB that a call takes at a time, 128 bytes a reduction."""
+    unit = [(16, 1, 1)] * 140, "input", None
+    assert_as_layers(
+        emulator.operators, units_operands(torch.float32, [unit], lambda _: True, False)
+    )
+
+
+def assert_as_layers(operators, o) -> None:
     forward = o.forward(with_stats=True, for_backward=True)
     kept = []
-    for operators in (emulator.operators, Chain(emulator.operators)):
-        output, inputs, affines, stats = operators.preact_units_forward(*forward)
+    for op in (operators, Chain(operators)):
+        output, inputs, affines, stats = op.preact_units_forward(*forward)
         backward = o.backward(inputs, affines, True, True, True, True)
-        dinput, *gradients = operators.preact_units_backward(*backward)
+        dinput, *gradients = op.preact_units_backward(*backward)
         kept.append([output, dinput, *stats, *itertools.chain(*gradients)])
     for one, other in zip(*kept, strict=True):
         assert torch.equal(one, other)
