@@ -14,7 +14,7 @@ A launch is predicted to take the largest of
                kernel that do the same (copy windows, copy weights, ...) count as their mean
     latency    the steps that a block takes one after the other, each waiting for memory, shared
                among those that wait at the same time, times the waves of blocks
-and then what the last block takes to merge the others' sums; never less than a launch.
+and then what the last block takes for its two merges of others' sums; never less than a launch.
 """
 
 import json

@@ -131,11 +131,11 @@ struct PieceSums {
 // Channels whose values lie together: 128 bytes of each, whole sectors for a warp.
 constexpr int kLine = 32;
 
-// Blocks that one block merges, where there are more: a merge's loads wait for nothing but memory,
-// yet one block has few threads.
+// Blocks whose sums one block merges: of hundreds, its few threads would have too many to load.
 constexpr int kMergedAtOnce = 16;
 
-// Of the first merges and, last to arrive at its own, of the second.
+// Of all blocks that is one merge each, and then, where there are several, one of their results:
+// each has a ticket.
 __host__ __device__ constexpr int merges_of(int64_t parts) {
   return static_cast<int>((parts + kMergedAtOnce - 1) / kMergedAtOnce);
 }
