@@ -133,7 +133,7 @@ def ninja_file(sources: list[str], torch: Path, library: Path, cuda: Cuda | str)
     nvcc, cuda_flags = "nvcc", []
     if isinstance(cuda, Cuda):
         nvcc, cuda_flags = quote(cuda.nvcc), cuda.flags
-        sources = [*sources, *listed("sources_cuda.txt")]
+        sources = [*listed("sources_cuda.txt"), *sources]
         # The runtime is our own, so that no other version of it is needed or disturbed.
         libraries += [f"-L{cuda.libraries}", "-Wl,--exclude-libs,libcudart_static.a"]
         libraries += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -171,7 +171,7 @@ def includes(source: str, torch: Path, cuda: Cuda | str) -> str:
 
 
 def listed(name: str) -> list[str]:
-    """The sources in a list that CMakeLists.txt reads as well."""
+    """The sources in a list that CMakeLists.txt reads as well: what takes longest begins first."""
     return [f"csrc/{line}" for line in (CSRC / name).read_text().split()]
 
 

@@ -29,8 +29,8 @@ def build(
 ) -> Path:
     """The library in folder, of the kernels in cuda.
 
-    reuse is the folder of an earlier build: what cuda lacks comes from there. "-O0" takes a third
-    of the time, but accesses cannot be told by their places.
+    reuse is the folder of an earlier build: what cuda lacks comes from there. Below "-O1" a build
+    is faster, but accesses cannot be told by their places.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, optimise] + (SANITIZED if sanitize else [])
@@ -55,11 +55,12 @@ def build(
     # device.cu asks the driver what it is; there is none here.
     kernels = [source for source in cuda.glob("*.cu") if source.name != "device.cu"]
     kernels.sort(key=lambda source: -source.stat().st_size)  # what takes longest begins first
+    own = OWN if reuse is None else [HERE / "register.cpp"]  # it alone knows the namespace
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(compile, [*kernels, *OWN]))
+        objects = list(pool.map(compile, [*kernels, *own]))
     if reuse is not None:
         built = {path.name for path in objects}
-        objects += [path for path in reuse.glob("*.cu.o") if path.name not in built]
+        objects += [path for path in reuse.glob("*.o") if path.name not in built]
     library = folder / f"{namespace}.so"
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
     command = [*compiler, *flags, "-shared", *map(str, objects), *libraries, "-o", str(library)]

@@ -28,9 +28,13 @@ struct Copy {
   const void* from;
 };
 
+using Place = void* [5];  // of __builtin_setjmp()
+
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  Place left;          // where it goes on
   std::unique_ptr<char[]> stack;
+  bool begun = false;
   Index index;
   bool done = false;
   std::vector<Copy> copies;              // begun, not yet there, of no group yet
@@ -50,10 +54,23 @@ std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block, for th
 std::vector<Warp> warps;
 std::vector<int> ready;
 int threads, waiting, self = 0;
-ucontext_t scheduler;
+Place scheduler;
 unsigned char* shared_bytes_begin;
 std::string error;
 const std::function<void()>* kernel;
+
+// Only the first switch to a fiber is one of contexts: each of those asks the kernel for a mask of
+// signals, and AddressSanitizer cleans a whole stack. It would at a longjmp() as well.
+__attribute__((noinline, no_sanitize("address"))) void jump(Place& to) { __builtin_longjmp(to, 1); }
+__attribute__((noinline, no_sanitize("address"))) void switch_to(Fiber& fiber) {
+  if (__builtin_setjmp(scheduler)) return;
+  if (fiber.begun) jump(fiber.left);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
+__attribute__((noinline, no_sanitize("address"))) void switch_from(Fiber& fiber) {
+  if (!__builtin_setjmp(fiber.left)) jump(scheduler);
+}
 
 #ifdef __SANITIZE_ADDRESS__
 const void* scheduler_stack;
@@ -61,22 +78,21 @@ size_t scheduler_stack_bytes;
 void* scheduler_fake_stack;
 void enter_fiber(Fiber& fiber) {
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), kStackBytes);
-  swapcontext(&scheduler, &fiber.context);
+  switch_to(fiber);
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 }
 void leave_fiber(Fiber& fiber) {
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fake_stack, scheduler_stack,
-                                 scheduler_stack_bytes);
-  swapcontext(&fiber.context, &scheduler);
+  __sanitizer_start_switch_fiber(&fake_stack, scheduler_stack, scheduler_stack_bytes);
+  switch_from(fiber);
   __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 }
 void fiber_began() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 }
 #else
-void enter_fiber(Fiber& fiber) { swapcontext(&scheduler, &fiber.context); }
-void leave_fiber(Fiber& fiber) { swapcontext(&fiber.context, &scheduler); }
+void enter_fiber(Fiber& fiber) { switch_to(fiber); }
+void leave_fiber(Fiber& fiber) { switch_from(fiber); }
 void fiber_began() {}
 #endif
 
@@ -93,9 +109,23 @@ void yield() {
 
 void begin_fiber() {
   fiber_began();
-  (*kernel)();
-  fibers[self]->done = true;
-  leave_fiber(*fibers[self]);
+  for (;;) {  // a block each
+    (*kernel)();
+    fibers[self]->done = true;
+    leave_fiber(*fibers[self]);
+  }
+}
+
+std::unique_ptr<Fiber> new_fiber(int index) {
+  auto fiber = std::make_unique<Fiber>();
+  fiber->stack = std::make_unique<char[]>(kStackBytes);
+  fiber->index = {static_cast<unsigned>(index), 0, 0};
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack.get();
+  fiber->context.uc_stack.ss_size = kStackBytes;
+  fiber->context.uc_link = nullptr;
+  makecontext(&fiber->context, begin_fiber, 0);
+  return fiber;
 }
 
 // All lanes of a warp are as far as each other: what they accessed since the last time can be put
@@ -107,22 +137,14 @@ void count_warp(int warp) {
   count_accesses(lanes, shared_bytes_begin);
 }
 
-void run_block() {
+void run_block(const char* name) {
+  error.clear();
   ready.clear();
   waiting = 0;
   warps.assign(threads / 32, {});
   for (int t = 0; t < threads; ++t) {
-    if (static_cast<int>(fibers.size()) <= t) {
-      fibers.push_back(std::make_unique<Fiber>());
-      fibers.back()->stack = std::make_unique<char[]>(kStackBytes);
-    }
+    if (static_cast<int>(fibers.size()) <= t) fibers.push_back(new_fiber(t));
     Fiber& fiber = *fibers[t];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, begin_fiber, 0);
-    fiber.index = {static_cast<unsigned>(t), 0, 0};
     fiber.done = false;
     fiber.copies.clear();
     fiber.groups.clear();
@@ -144,6 +166,11 @@ void run_block() {
   if (error.empty() && done < threads)
     error = "a barrier that " + std::to_string(waiting) + " of " + std::to_string(threads) +
             " threads reached";
+  if (error.empty()) return;
+  fibers.clear();  // they are somewhere in the middle
+  throw std::runtime_error(std::string(name) + ", block (" + std::to_string(block.x) + ", " +
+                           std::to_string(block.y) + ", " + std::to_string(block.z) +
+                           "): " + error);
 }
 
 }  // namespace
@@ -218,7 +245,7 @@ void run(const char* name, const void* symbol, Index grid, int block_threads, in
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data());
     shared_bytes_begin = reinterpret_cast<unsigned char*>((begin + 127) / 128 * 128);
     block = {};
-    run_block();
+    run_block(name);
     for (int t = 0; t < threads; ++t) count_recorded_thread(fibers[t]->recorded, t % 32 == 31);
     return;
   }
@@ -236,15 +263,7 @@ void run(const char* name, const void* symbol, Index grid, int block_threads, in
     std::memset(memory.get(), 0xff, bytes);  // NaN in every format
     shared_bytes_begin = memory.get();
     block = index;
-    error.clear();
-    run_block();
-    if (!error.empty()) {
-      for (auto& fiber : fibers) fiber.reset();
-      fibers.clear();
-      throw std::runtime_error(std::string(name) + ", block (" + std::to_string(index.x) + ", " +
-                               std::to_string(index.y) + ", " + std::to_string(index.z) +
-                               "): " + error);
-    }
+    run_block(name);
   }
 }
 
