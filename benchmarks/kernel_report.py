@@ -193,11 +193,17 @@ class Report:
         self.kernels, self.emulator = kernels, emulator
 
     def launches(self, device: Device, call: Call) -> list[Launch]:
+        """Sums of partial results are launches of the units, not of their weight gradients."""
         operator = getattr(self.emulator.operators, call.operator.split("::")[1])
         arguments = [_empty(a) for a in call.arguments]
         with self.emulator.recording(device.multiprocessors, device.most_shared_bytes) as launches:
             operator(*arguments)
-        return launches
+        sums = bool(call.weight_gradients)
+        return [launch for launch in launches if ("add_splits" in launch.kernel) == sums]
+
+    def partial_bytes(self, device: Device, wgrad: Call) -> int:
+        (launch,) = self.launches(device, wgrad)
+        return launch.grid[0] * 4 * math.prod(wgrad.results[0].shape)
 
     def step(self, device: Device, calls: list[Call]) -> list[Row]:
         """A row for each launch of each distinct call; PyTorch's own operators by their name."""
@@ -212,12 +218,11 @@ class Report:
             for launch in launches:
                 kernel = kernels[launch.kernel]
                 here = moved
-                if len(launches) > 1:  # wgrad: partial results are written, then read
-                    partial = launch.grid[0] * 4 * math.prod(call.results[0].shape)
-                    if launch is launches[0]:
-                        partial_bytes, here = partial, moved - call.results[0].bytes + partial
-                    else:
-                        here, flops = partial_bytes + call.results[0].bytes, 0.0
+                if call.operator.endswith("wgrad"):
+                    here += self.partial_bytes(device, call) - call.results[0].bytes
+                for wgrad in call.weight_gradients:
+                    here += self.partial_bytes(device, wgrad)
+                here /= len(launches)
                 terms = predict(device, kernel, launch, here, flops)
                 rows.append(
                     Row(
@@ -324,7 +329,7 @@ def step_table(rows: list[Row]) -> list[str]:
     ]
     ours = [row for row in rows if row.kernel]
     for row in sorted(ours, key=lambda row: -row.count * row.predicted):
-        name = "reduce_splits" if "reduce_splits" in row.kernel else row.operator
+        name = "add_splits" if "add_splits" in row.kernel else row.operator
         times = (row.floor, row.bytes, row.tensor, row.issue, row.latency, row.merge, row.predicted)
         cells = [
             name,

@@ -39,6 +39,7 @@ class Call:
     arguments: tuple[Any, ...]  # a Spec for each tensor; lists are tuples
     results: tuple[Spec, ...]
     flops: int  # of PyTorch's own convolutions and products
+    weight_gradients: tuple["Call", ...] = ()  # of which a call of units adds up partial results
 
     def specs(self) -> list[Spec]:
         """Of all tensors, arguments first."""
@@ -54,7 +55,7 @@ class Step(NamedTuple):
     goal: str  # on one H100
 
 
-ZEROS = 16 << 10  # bytes, of a call of units: csrc/torch/call_zeros.h
+ZEROS = 16 << 10  # bytes, of a call of units: csrc/torch/units_call.h
 
 STEPS = {
     "R-1001": Step(
@@ -82,8 +83,15 @@ class _Recorder(TorchDispatchMode):
         if runs_units(function):
             # what its reductions count arrivals in is set to zero once for all of them
             self.calls.append(Call("aten::zero_", (Spec((ZEROS,), (1,), torch.uint8),), (), 0))
+            first = len(self.calls)
             with self:
-                return layer_by_layer(function, args, kwargs)
+                output = layer_by_layer(function, args, kwargs)
+            wgrads = tuple(c for c in self.calls[first:] if c.operator.endswith("wgrad"))
+            if wgrads:
+                results = tuple(call.results[0] for call in wgrads)
+                arguments = _frozen(tree_map(_spec, (*args, *(kwargs or {}).values())))
+                self.calls.append(Call(function._schema.name, arguments, results, 0, wgrads))
+            return output
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
         if _launches(function):
@@ -167,6 +175,8 @@ def _frozen(value: Any) -> Any:
 
 def call_bytes(call: Call) -> int:
     """Of a call's tensors, each once: a 1x1 of stride 2 reads a quarter of its input."""
+    if call.weight_gradients:
+        return sum(result.bytes for result in call.results)
     total = sum(spec.bytes for spec in call.specs())
     if call.operator.endswith("preact_conv_forward"):
         u, _, weight, _, stride = call.arguments[:5]
@@ -205,6 +215,8 @@ def shape_class(call: Call) -> str:
     elif name == "preact_conv_wgrad":
         u, _, kernel, stride = call.arguments[4:8]
         filters, extra = call.results[0].shape[0], None
+    elif call.weight_gradients:
+        return f"{len(call.results)} weights, {'x'.join(map(str, call.results[0].shape))} first"
     else:
         return "x".join(map(str, call.specs()[0].shape)) if call.specs() else ""
     n, c, h, w = u.shape

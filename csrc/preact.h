@@ -180,6 +180,13 @@ void residual_grad(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
                    const void* sums,    // [2, C]
                    void* dinput);       // [N, H, W, C]
 
+// dW [K, taps, C] as the sum of partial results [splits, taps, K, C], in their order.
+struct SplitSum {
+  const float* partial;
+  float* dweight;
+  int64_t splits, taps, filters, channels;
+};
+
 // What the CUDA kernels need of the program that they run in. Nothing synchronises: a launcher
 // returns once its kernels are in the stream, and can be captured in a CUDA graph.
 struct CudaRuntime {
@@ -188,6 +195,9 @@ struct CudaRuntime {
   // Device memory that nobody else writes before the stream is past this launcher's kernels.
   void* (*allocate)(int64_t bytes, void* context);
   void* (*allocate_zeros)(int64_t bytes, void* context);  // likewise, and it is zero
+  // Likewise, for partial results: the program takes their sum, by add_splits(), at once or later.
+  void* (*allocate_partial)(int64_t bytes, void* context);
+  void (*sum_partial)(const SplitSum& sum, void* context);
   void* context;
 };
 
@@ -208,6 +218,7 @@ void bn_relu_backward(const CudaRuntime& runtime, Dtype dtype, const ImageShape&
 void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op);
 void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op);
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op);
+void add_splits(const CudaRuntime& runtime, int64_t count, const SplitSum* sums);
 void preact_conv_backward(const CudaRuntime& runtime, const PreactConvDgrad& dgrad,
                           const PreactConvWgrad& wgrad);
 void residual_grad(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape,

@@ -3,21 +3,19 @@
 //   shift).
 // Reads g', u' [M', K] once for each 64 or 128 input channels and row of the kernel, u [M, C] once
 // for each 64 output channels and row of the kernel with the halo of its patches (from the cache
-// after the first), writes and reads `splits` partial results of K*C*R*S floats. FLOPs
+// after the first), writes `splits` partial results of K*C*R*S floats. FLOPs
 // 2*M'*K*C*R*S. Up to 32 by 32 channels: once for each three rows of the kernel.
 //
 // A block has 64 output channels by 64 input channels, or by 128 where there are as many, so that
 // fewer blocks copy and transform the same gradients; up to three taps of one row of the kernel;
 // and every splits-th patch of 64 pixels. Where there are no more than 32 by 32 channels, and
-// tensor cores, it has three rows of the kernel, so that the prologues run once for all of them. A
-// second launch adds the splits up, in order.
+// tensor cores, it has three rows of the kernel, so that the prologues run once for all of them.
+// add_splits() adds the splits up, in order.
 #include "conv.cuh"
 
 namespace preact {
 namespace cuda {
 namespace {
-
-constexpr int kReduceThreads = 256;
 
 // What a block has: the channels of kDown by kAcross warps with 16 * kM outputs by 8 * kN inputs
 // each, kTaps of a row of the kernel, kRows of its rows, each with warps of its own, and kPixels of
@@ -197,19 +195,6 @@ __global__ __launch_bounds__(Tile::kThreads) void preact_conv_wgrad_kernel(
         }
 }
 
-__global__ __launch_bounds__(kReduceThreads) void reduce_splits_kernel(
-    int splits, int64_t taps, int64_t k, int64_t c,
-    const float* partial,  // [splits, taps, K, C]
-    float* dweight) {      // [K, taps, C]
-  const int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x, size = taps * k * c;
-  if (i >= size) return;
-  float sum = 0;
-#pragma unroll 8
-  for (int split = 0; split < splits; ++split) sum += load(partial + split * size + i);
-  const int64_t tap = i / (k * c), row = i / c % k;
-  store(dweight + (row * taps + tap) * c + i % c, sum);
-}
-
 struct WgradGrid {
   int64_t splits, channel_tiles, tap_groups;
 
@@ -296,7 +281,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   tiling.splits = static_cast<int>(blocks.splits);
   const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
   float* const partial =
-      static_cast<float*>(runtime.allocate(tiling.splits * partial_bytes, runtime.context));
+      static_cast<float*>(runtime.allocate_partial(tiling.splits * partial_bytes, runtime.context));
 
   const Activated<T, kActivation> input{channels_of(c, {op.input, op.affine}),
                                         static_cast<const T*>(op.input),
@@ -305,10 +290,8 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
                   static_cast<unsigned>(blocks.tap_groups)};
   launch("preact_conv_wgrad", kernel, grid, Tile::kThreads, tiling.shared_bytes, runtime.device,
          runtime.stream, tiling, s, Gradient<T>(op.grad, s.output), input, partial);
-  launch("preact_conv_wgrad (splits)", reduce_splits_kernel,
-         {static_cast<unsigned>(ceil_div(taps * k * c, kReduceThreads))}, kReduceThreads, 0,
-         runtime.device, runtime.stream, tiling.splits, taps, k, c,
-         static_cast<const float*>(partial), static_cast<float*>(op.dweight));
+  runtime.sum_partial({partial, static_cast<float*>(op.dweight), blocks.splits, taps, k, c},
+                      runtime.context);
 }
 
 template <typename T, Activation kActivation, int kTaps>

@@ -3,7 +3,7 @@
 //
 // A Device is made for a call, of a tensor that lives there. It has runs(dtype), kDtypes (their
 // names) and runtime(), what the launchers of preact.h take first. A Device::Call lives while
-// several of them run one after the other.
+// several of them run one after the other; results may be missing until its finish().
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -157,7 +157,7 @@ struct UnitOperators {
     check_count("needs_projections", needs_projections, all.units.size());
     check(affines.size() == n || affines.size() == n - 1, "affines: expected ", n, " or ", n - 1,
           ", got ", affines.size());
-    [[maybe_unused]] const typename Device::Call call(grad);
+    typename Device::Call call(grad);
     OptionalTensors by_conv(n - affines.size());
     by_conv.insert(by_conv.end(), affines.begin(), affines.end());
 
@@ -217,11 +217,15 @@ struct UnitOperators {
                                      {projection.size(2), projection.size(3)}, stride, padding,
                                      dilation, groups, activation, allow_tf32);
       }
-      if (!needs_before) return {nothing(grad), dweights, sums, dprojections};
+      if (!needs_before) {
+        dy = nothing(grad);
+        break;
+      }
       dy = output ? Layer::residual_grad(joins_h ? std::nullopt : to_shortcut, g, *output,
                                          *output_affine, *output_sums)
                   : g;
     }
+    call.finish();
     return {dy, dweights, sums, dprojections};
   }
 

@@ -1,9 +1,9 @@
 // The CUDA kernels as operators fused_preact_emulator::* on CPU tensors, by the same checks and
 // launchers as on a GPU.
 #include "../../csrc/cuda/ptx.cuh"
-#include "../../csrc/torch/call_zeros.h"
 #include "../../csrc/torch/operators.h"
 #include "../../csrc/torch/units.h"
+#include "../../csrc/torch/units_call.h"
 
 namespace preact {
 namespace {
@@ -12,10 +12,12 @@ class EmulatedDevice {
  public:
   static constexpr char kDtypes[] = "float32, bfloat16 or float16";
   static bool runs(Dtype dtype) { return dtype != Dtype::kFloat64; }
-  using Call = CallZeros;
+  using Call = UnitsCall<EmulatedDevice>;
 
   explicit EmulatedDevice(const Tensor& tensor) : device_(tensor.device()) {}
-  CudaRuntime runtime() { return {0, nullptr, &allocate, &allocate_zeros, this}; }
+  CudaRuntime runtime() {
+    return {0, nullptr, &allocate, &allocate_zeros, &allocate_partial, &sum_partial, this};
+  }
 
  private:
   static void* allocate(int64_t bytes, void* context) {
@@ -28,10 +30,20 @@ class EmulatedDevice {
   }
   static void* allocate_zeros(int64_t bytes, void* context) {
     auto* const self = static_cast<EmulatedDevice*>(context);
-    if (void* const zeros = CallZeros::take(bytes, self->device_)) return zeros;
+    if (Call* const call = Call::on(self->device_)) return call->zeros(bytes);
     void* const memory = allocate(bytes, context);
     std::memset(memory, 0, static_cast<size_t>(bytes));
     return memory;
+  }
+
+  static void* allocate_partial(int64_t bytes, void* context) {
+    Call* const call = Call::on(static_cast<EmulatedDevice*>(context)->device_);
+    return call ? call->partial(bytes) : allocate(bytes, context);
+  }
+  static void sum_partial(const SplitSum& sum, void* context) {
+    auto* const self = static_cast<EmulatedDevice*>(context);
+    if (Call* const call = Call::on(self->device_)) return call->add_splits(sum);
+    add_splits(self->runtime(), 1, &sum);
   }
 
   torch::stable::Device device_;

@@ -156,6 +156,24 @@ def test_units_whose_reductions_need_more_zeros(emulator):
     )
 
 
+@pytest.mark.parametrize(("filters", "sums"), [(64, 1), (512, 2)])
+def test_partial_weight_gradients_of_units_are_added_up_together(emulator, filters, sums):
+    """In one launch; where they are 9 MB each, as soon as the next would be more than 64."""
+    unit = [(filters, 3, 1)] * 9, "none", None
+    o = units_operands(torch.bfloat16, [unit], lambda _: True, False)
+    _, inputs, affines, _ = Chain(reference).preact_units_forward(
+        *o.forward(with_stats=False, for_backward=True)
+    )
+    with emulator.recording(132, 227 * 1024) as launches:
+        emulator.operators.preact_units_backward(
+            *o.backward(inputs, affines, True, True, True, True)
+        )
+    kernels = [launch.kernel.split("_kernel")[0] for launch in launches]
+    assert kernels.count("preact_conv_wgrad") == 9 and kernels.count("add_splits") == sums
+    last = len(kernels) - 1 - kernels[::-1].index("preact_conv_wgrad")
+    assert "add_splits" in kernels[last:]
+
+
 def assert_as_layers(operators, o) -> None:
     forward = o.forward(with_stats=True, for_backward=True)
     kept = []
