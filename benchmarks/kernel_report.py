@@ -165,9 +165,10 @@ def predict(
     warps = launch.threads // 32
     accesses = defaultdict(float, launch.accesses)
     # a convolution waits at each step, a pointwise kernel at each turn of its loop
-    loads = max((loop.count("LDG", 128) for loop in kernel.loops), default=0)
+    size = 16 if accesses[READ, 16] else 4
+    loads = max((loop.count("LDG", 8 * size) for loop in kernel.loops), default=0)
     turns = sum(n / (1 + newest) for newest, n in enumerate(launch.waits))
-    turns = turns or accesses[READ, 16] / warps / max(loads, 1)
+    turns = turns or accesses[READ, size] / warps / max(loads, 1)
     merge = 0.0
     if "preact_conv" in kernel.name or "bn_" in kernel.name:
         issued = accesses[READ, 4] / warps * kernel.merge_instructions
@@ -191,6 +192,7 @@ class Report:
 
     def __init__(self, kernels: dict[str, dict[str, Kernel]], emulator: Emulator) -> None:
         self.kernels, self.emulator = kernels, emulator
+        self._splits: dict[tuple[str, Call], int] = {}
 
     def launches(self, device: Device, call: Call) -> list[Launch]:
         """Sums of partial results are launches of the units, not of their weight gradients."""
@@ -202,8 +204,10 @@ class Report:
         return [launch for launch in launches if ("add_splits" in launch.kernel) == sums]
 
     def partial_bytes(self, device: Device, wgrad: Call) -> int:
-        (launch,) = self.launches(device, wgrad)
-        return launch.grid[0] * 4 * math.prod(wgrad.results[0].shape)
+        if (device.name, wgrad) not in self._splits:
+            (launch,) = self.launches(device, wgrad)
+            self._splits[device.name, wgrad] = launch.grid[0]
+        return self._splits[device.name, wgrad] * 4 * math.prod(wgrad.results[0].shape)
 
     def step(self, device: Device, calls: list[Call]) -> list[Row]:
         """A row for each launch of each distinct call; PyTorch's own operators by their name."""

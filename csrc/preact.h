@@ -180,7 +180,7 @@ void residual_grad(const Runtime& runtime, Dtype dtype, const ImageShape& shape,
                    const void* sums,    // [2, C]
                    void* dinput);       // [N, H, W, C]
 
-// dW [K, taps, C] as the sum of partial results [splits, taps, K, C], in their order.
+// dW [K, taps, C] as the sum of partial results [splits, taps, K, C], in a fixed order.
 struct SplitSum {
   const float* partial;
   float* dweight;

@@ -10,7 +10,7 @@
 // fewer blocks copy and transform the same gradients; up to three taps of one row of the kernel;
 // and every splits-th patch of 64 pixels. Where there are no more than 32 by 32 channels, and
 // tensor cores, it has three rows of the kernel, so that the prologues run once for all of them.
-// add_splits() adds the splits up, in order.
+// add_splits() adds the splits up, in a fixed order.
 #include "conv.cuh"
 
 namespace preact {

@@ -227,7 +227,10 @@ def test_number_of_stages_does_not_matter(emulator):
 
 @pytest.mark.parametrize("blocks", [16, 17, 40])
 def test_sums_of_many_blocks(emulator, blocks):
-    """Merged at once up to 16, else 16 at a time: as the reference has them, whoever comes last."""
+    """Merged at once up to 16, else 16 at a time: as the reference has them, whoever comes last.
+
+    wgrad's partial results are so many that four or eight threads share those of a value.
+    """
     shape = Shape(blocks, 8, 8, 16, 8, (1, 1))  # an image a tile
     truth = run(reference, shape, torch.float32, "relu", True)
     results = []
@@ -239,6 +242,8 @@ def test_sums_of_many_blocks(emulator, blocks):
         run(emulator.operators, shape, torch.float32, "relu", True)
     forward = [launch for launch in launches if "conv_forward" in launch.kernel]
     assert {launch.grid for launch in forward} == {(blocks, 1, 1)}
+    wgrad = [launch for launch in launches if "conv_wgrad" in launch.kernel]
+    assert {launch.grid for launch in wgrad} == {(2 * blocks, 1, 1)}
     assert_close(results[0], truth, torch.float32)
     for name, first in results[0].items():
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
