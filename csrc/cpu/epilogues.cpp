@@ -98,7 +98,7 @@ PREACT_INLINE void slope_sums(const S* g, const S* u, int64_t rows, int64_t colu
   });
 }
 
-// g = act'(z) * dh_of(at) and its sums; where g lies, result_of(g, at, c).
+// g = act'(z) * dh_of(at) and its sums; what is stored is result_of(g, at, c).
 template <typename Act, bool kSums, typename S, typename A, typename Dh, typename Result>
 PREACT_INLINE void slopes(const S* u, int64_t rows, int64_t columns, int64_t pitch,
                           const A* __restrict affine, S* out, A* __restrict s1, A* __restrict s2,
