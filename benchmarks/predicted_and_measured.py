@@ -54,9 +54,13 @@ def _of_calls(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
 
 
 def measure(calls: list[Call], predicted: dict[tuple[str, str], float]) -> list[Row]:
-    """A row for each distinct call of our operators, slowest of the step first."""
+    """A row for each distinct call of our operators, slowest of the step first.
+
+    Units are measured layer by layer: the sum of partial results that they take together is a part
+    of each weight gradient here, and of no prediction.
+    """
     rows = []
-    for call, count in Counter(calls).items():
+    for call, count in Counter(call for call in calls if not call.weight_gradients).items():
         name, shape = call.operator.split("::")[1], shape_class(call)
         if call.operator.startswith("fused_preact::") and (name, shape) in predicted:
             rows.append(Row(name, shape, count, predicted[name, shape], _seconds(call)))

@@ -3,13 +3,14 @@
 from collections import Counter
 
 import kernel_report
+import predicted_and_measured
 import pytest
 import torch
 from cuda_emulator.emulator import COPIED
 from kernel_report import DEVICES, Report
 from machine_code import cuobjdump, nvcc
 from measure import layer_by_layer, runs_units
-from step_calls import step_calls
+from step_calls import shape_class, step_calls
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_preact import PreActBlock, PreActBottleneck, PreActResNet, backend
@@ -85,6 +86,17 @@ def test_report_of_a_small_network(emulator, kernels):
         assert row.issue > 0 or "preact_conv" not in row.kernel, row
     text = kernel_report.markdown(H100, by_name, {"R-1001": rows})
     assert "prediction" in text and "preact_conv_wgrad" in text
+
+
+def test_units_are_measured_layer_by_layer(monkeypatch):
+    """Every call of a layer, and no call of units, which would count its layers twice."""
+    monkeypatch.setattr(predicted_and_measured, "_seconds", lambda call: 1.0)
+    calls = [c for c in step_calls(bottlenecks, SHAPE) if c.operator.startswith("fused_preact")]
+    predicted = {(c.operator.split("::")[1], shape_class(c)): 1.0 for c in calls}
+    rows = predicted_and_measured.measure(calls, predicted)
+    layers = [call for call in calls if not call.weight_gradients]
+    assert sum(row.count for row in rows) == len(layers) < len(calls)
+    assert not any("units" in row.operator for row in rows)
 
 
 @pytest.mark.skipif(nvcc() is None or cuobjdump() is None, reason="no nvcc, or no cuobjdump")
