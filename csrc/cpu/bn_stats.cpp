@@ -16,7 +16,7 @@ void bn_stats(const Runtime& runtime, Dtype dtype, const ImageShape& shape, cons
     blocks.parallel(runtime, [&](int64_t part, int64_t first, int64_t count) {
       A* const sum = tile_sum<A>(channels);
       sum_rows(u + first * channels, count, channels, sum);
-      add_tile(moments[part], u + first * channels, 1, count, 0, channels, sum);
+      add_tile(moments[part], u + first * channels, count, channels, sum);
     });
     moments.finish(static_cast<A*>(stats));
   });

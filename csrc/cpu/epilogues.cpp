@@ -19,6 +19,21 @@ PREACT_INLINE void with_constants(bool first, bool second, const F& f) {
     f.template operator()<false, false>();
 }
 
+template <typename S, typename A>
+PREACT_INLINE void sum(const S* x, int64_t rows, int64_t columns, int64_t pitch,
+                       A* __restrict total) {
+  in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
+    const S* const group = x + row * pitch;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      A sum = 0;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kRows; ++i) sum += widen(group[i * pitch + c]);
+      total[c] += sum;
+    }
+  });
+}
+
 template <bool kAddend, bool kSum, typename A>
 PREACT_INLINE void store(A* tile, const A* addend, int64_t rows, int64_t columns, int64_t pitch,
                          A* __restrict out, A* __restrict total) {
@@ -26,6 +41,10 @@ PREACT_INLINE void store(A* tile, const A* addend, int64_t rows, int64_t columns
     A* const in = tile + row * pitch;
     const A* const more = kAddend ? addend + row * pitch : nullptr;
     A* const to = out + row * pitch;
+    for (int64_t i = 0; i < kRows; ++i) {
+      prefetch_row(to + i * pitch, columns, pitch);
+      if constexpr (kAddend) prefetch_row(more + i * pitch, columns, pitch);
+    }
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
       A sum = 0;
@@ -49,25 +68,16 @@ PREACT_INLINE void store(float* tile, const bf16* addend, int64_t rows, int64_t 
     const int64_t count = std::min(kRoundedRows, rows - first);
     float* const in = tile + first * pitch;
     const bf16* const to = out + first * pitch;
-    for (int64_t row = 0; kAddend && row < count; ++row) {
+    for (int64_t row = 0; row < count; ++row) {
+      prefetch_row(to + row * pitch, columns, pitch);
+      if constexpr (!kAddend) continue;
       const bf16* const more = addend + (first + row) * pitch;
+      prefetch_row(more, columns, pitch);
 #pragma omp simd
       for (int64_t c = 0; c < columns; ++c) in[row * pitch + c] += widen(more[c]);
     }
     round_rows(in, count, columns, pitch, pitch, out + first * pitch);
-    in_groups(count, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) {
-        float sum = 0;
-#pragma GCC unroll 4
-        for (int64_t i = row; i < row + kRows; ++i) {
-          const float stored = widen(to[i * pitch + c]);
-          in[i * pitch + c] = stored;
-          if constexpr (kSum) sum += stored;
-        }
-        if constexpr (kSum) total[c] += sum;
-      }
-    });
+    if constexpr (kSum) sum(to, count, columns, pitch, total);
   }
 }
 
@@ -107,6 +117,10 @@ PREACT_INLINE void slopes(const S* u, int64_t rows, int64_t columns, int64_t pit
   rounded(
       rows, columns, pitch, out, PREACT_RESULTS(A) {
         in_groups(rows, [&]<int64_t kRows>(int64_t first) PREACT_INLINE_BODY {
+          for (int64_t i = first; i < first + kRows; ++i) {
+            prefetch_row(u + (row + i) * pitch, columns, pitch);
+            prefetch_row(out + (row + i) * pitch, columns, pitch);
+          }
 #pragma omp simd
           for (int64_t c = 0; c < columns; ++c) {
             A sum1 = 0, sum2 = 0;
@@ -185,21 +199,6 @@ PREACT_INLINE void frozen_slope(const A* dh, const S* residual, const S* u, int6
                                 A* s2) {
   with_constants(residual, s1, [&]<bool kResidual, bool kSums>() PREACT_INLINE_BODY {
     frozen_slope<Act, kResidual, kSums>(dh, residual, u, rows, columns, pitch, affine, du, s1, s2);
-  });
-}
-
-template <typename S, typename A>
-PREACT_INLINE void sum(const S* x, int64_t rows, int64_t columns, int64_t pitch,
-                       A* __restrict total) {
-  in_groups(rows, [&]<int64_t kRows>(int64_t row) PREACT_INLINE_BODY {
-    const S* const group = x + row * pitch;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      A sum = 0;
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < kRows; ++i) sum += widen(group[i * pitch + c]);
-      total[c] += sum;
-    }
   });
 }
 

@@ -62,13 +62,15 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
             }
         const int64_t runs = pitch == q ? 1 : rows, pixels = rows / runs * q;
         A* const sum = op.stats ? tile_sum<A>(k) : nullptr;
+        const int64_t first_value = (image * p + row) * q * k;
         for (int64_t run = 0; run < runs; ++run) {
-          const int64_t offset = ((image * p + row) * q + run * pixels) * k;
+          const int64_t offset = first_value + run * pixels * k;
           store_rows(out + run * pitch * k,
                      op.residual ? static_cast<const S*>(op.residual) + offset : nullptr, pixels, k,
                      static_cast<S*>(op.output) + offset, sum);
         }
-        if (op.stats) add_tile(moments[part], out, runs, pixels, pitch * k, k, sum);
+        if (op.stats)
+          add_tile(moments[part], static_cast<const S*>(op.output) + first_value, rows * q, k, sum);
       }
     }
   });

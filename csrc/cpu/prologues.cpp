@@ -14,6 +14,7 @@ PREACT_INLINE void activate(const S* u, int64_t rows, int64_t columns, int64_t p
       rows, columns, pitch, h, PREACT_RESULTS(A) {
         for (int64_t i = 0; i < rows; ++i) {
           const S* const in = u + (row + i) * pitch;
+          prefetch_row(in, columns, pitch);
 #pragma omp simd
           for (int64_t c = 0; c < columns; ++c)
             to[i * to_pitch + c] =
@@ -40,6 +41,8 @@ PREACT_INLINE void output_grad(const S* g, const S* output, int64_t rows, int64_
       rows, columns, pitch, dy, PREACT_RESULTS(A) {
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t at = (row + i) * pitch;
+          prefetch_row(g + at, columns, pitch);
+          prefetch_row(output + at, columns, pitch);
 #pragma omp simd
           for (int64_t c = 0; c < columns; ++c)
             to[i * to_pitch + c] =
@@ -57,6 +60,10 @@ PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t 
       rows, columns, pitch, du, PREACT_RESULTS(A) {
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t at = (row + i) * pitch;
+          prefetch_row(g + at, columns, pitch);
+          prefetch_row(u + at, columns, pitch);
+          prefetch_row(du + at, columns, pitch);
+          if constexpr (kGrad) prefetch_row(grad + at, columns, pitch);
 #pragma omp simd
           for (int64_t c = 0; c < columns; ++c) {
             const A own = a[c] * widen(g[at + c]) + b[c] * (widen(u[at + c]) - mean[c]) + d[c];

@@ -8,6 +8,8 @@ namespace preact {
 
 constexpr int64_t kMostColumns = 64;  // of a block
 constexpr int64_t kRoundedRows = 32;  // at a time, so that they stay in the innermost cache
+constexpr int64_t kRowsAhead = 16;    // that are on their way while a row is worked on
+constexpr int64_t kLineBytes = 64;
 
 // Calls f(at, first, rows, columns, pitch) for blocks of rows and channels: at is where a block
 // starts in [rows, channels], first its first channel, pitch is channels. Where columns is a
@@ -51,6 +53,14 @@ PREACT_INLINE void rounded(int64_t rows, int64_t columns, int64_t pitch, bf16* o
     f(row, count, values, columns);
     round_rows(values, count, columns, columns, pitch, out + row * pitch);
   }
+}
+
+// Prefetches the row kRowsAhead after `row`, to be read or written. Processors do so themselves for
+// one long loop; these are short, begin anew with every tile, and write at several places.
+template <typename T>
+PREACT_INLINE void prefetch_row(const T* row, int64_t columns, int64_t pitch) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + kRowsAhead * pitch + c);
 }
 
 #define PREACT_RESULTS(A) \

@@ -8,7 +8,7 @@ namespace preact {
 // For each storage type S with its accumulator A. Every z is computed by one expression, centred,
 // so that forward, mask and wgrad agree on its sign.
 #define PREACT_ROWS(S, A)                                                                        \
-  /* out = rounded(tile + addend), also left in tile, sum += out; addend, sum or null */         \
+  /* tile += addend, out = rounded(tile), sum += out; addend or sum may be null */               \
   void store_rows(A* tile, const S* addend, int64_t rows, int64_t channels, S* out, A* sum);     \
   /* g = rounded((dh + addend) * act'(z)), s1 += g, s2 += g * (u - mean); addend, s1 or null */  \
   void slope_rows(const A* dh, const S* addend, const S* u, int64_t rows, int64_t channels,      \

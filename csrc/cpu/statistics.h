@@ -42,16 +42,13 @@ A* tile_sum(int64_t channels) {
   return sum;
 }
 
-// Adds a tile x of `segments` runs of [rows, channels], `pitch` elements apart; sum is its
-// tile_sum.
+// Adds a tile x [rows, channels]; sum is its tile_sum.
 template <typename S, typename A = Accumulator<S>>
-void add_tile(Moments& moments, const S* x, int64_t segments, int64_t rows, int64_t pitch,
-              int64_t channels, A* sum) {
+void add_tile(Moments& moments, const S* x, int64_t rows, int64_t channels, A* sum) {
   A *const shift = sum, *const d1 = sum + channels, *const d2 = d1 + channels;
-  const double count = static_cast<double>(segments * rows);
+  const double count = static_cast<double>(rows);
   for (int64_t c = 0; c < channels; ++c) shift[c] = static_cast<A>(sum[c] / count);
-  for (int64_t i = 0; i < segments; ++i)
-    deviation_rows(x + i * pitch, rows, channels, shift, d1, d2);
+  deviation_rows(x, rows, channels, shift, d1, d2);
   moments.merge(count, channels, [&, per_value = 1 / count](int64_t c) {
     const double mean = d1[c] * per_value;
     return std::pair(shift[c] + mean, std::max(0.0, d2[c] - d1[c] * mean));
