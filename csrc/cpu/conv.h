@@ -29,6 +29,11 @@ inline bool rows_join(int64_t window_width, int64_t width, int64_t multiplicatio
   return (window_width - width) * multiplications <= kCallCost;
 }
 
+// Whether products that are summed up are all added, to zeros, instead of the first being stored:
+// from the one kind of call to the other the tile for pairs sets AMX up anew, which takes 2 us.
+template <typename O>
+constexpr bool kAddsToZeros = kPairs<O>;
+
 // A 1x1 convolution that moves no pixel works on [pixels, C], whatever the images.
 inline ConvShape flattened(ConvShape shape) {
   const bool pointwise =

@@ -92,7 +92,7 @@ class InputGradient {
     if (op_.sums) std::fill_n(tile_sums, 2 * c_, A(0));
     for (int64_t row = first; row < end; row += tile_rows_) {
       const int64_t rows = std::min(tile_rows_, end - row);
-      if (!every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
+      if (adds_to_zeros_ || !every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
       for (int64_t x = row; x < (joined_ ? row + 1 : row + rows); ++x)
         multiply(x, joined_ ? rows : 1, dy, source_first, out + (x - row) * pitch_ * c_);
       const int64_t runs = pitch_ == width_ ? 1 : rows, pixels = rows / runs * width_;
@@ -135,6 +135,7 @@ class InputGradient {
   const int64_t tile_rows_;
   std::vector<Phase> down_, across_;
   std::vector<Packed<O>> weights_;  // of each phase, [taps down, taps across (backwards), K] by C
+  const bool adds_to_zeros_ = kAddsToZeros<O> && op_.shape.kernel_height > stride_h_;
   bool every_pixel_reached_ = true;
   PartialSums partial_;
 
@@ -199,7 +200,7 @@ class InputGradient {
           const int64_t y = i - t - source_first;
           const int64_t column = phase.first_i - (phase.taps - 1) - first_q();
           tile_(joined_ ? (rows - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
-                run_length, k_, weight.columns(block), stride_w_ * c_, t > 0,
+                run_length, k_, weight.columns(block), stride_w_ * c_, adds_to_zeros_ || t > 0,
                 dy + (y * source_width() + column) * k_, weight.at(block, t * run_length),
                 out + phase.first_x * c_ + block * kColumnBlock);
         }

@@ -37,6 +37,7 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   const int64_t tile_rows =
       rows_of_tile(pitch, k * static_cast<int64_t>(sizeof(A)), bands.rows_per_band);
   const Tile<O, A> tile = tile_of(runtime, O{});
+  const bool adds_to_zeros = kAddsToZeros<O> && r > 1;
 
   PartialMoments moments(op.stats ? bands.parts.parts : 0, k);
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
@@ -52,12 +53,13 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
       for (int64_t row = first; row < end; row += tile_rows) {
         const int64_t rows = std::min(tile_rows, end - row);
         const int64_t calls = joined ? 1 : rows, m = joined ? (rows - 1) * pitch + q : q;
+        if (adds_to_zeros) std::fill_n(out, rows * pitch * k, A(0));
         for (int64_t block = 0; block < weight.blocks(); ++block)
           for (int64_t i = 0; i < calls; ++i)
             for (int64_t tap = 0; tap < r; ++tap) {
               const int64_t source = ((row - first + i) * window.step_height + tap) * window.width;
               tile(m, weight.columns(block), run_length, window.step_width * c,
-                   weight.columns(block), k, tap > 0, h + source * c,
+                   weight.columns(block), k, adds_to_zeros || tap > 0, h + source * c,
                    weight.at(block, tap * run_length), out + i * q * k + block * kColumnBlock);
             }
         const int64_t runs = pitch == q ? 1 : rows, pixels = rows / runs * q;

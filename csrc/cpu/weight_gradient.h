@@ -98,9 +98,15 @@ class WeightGradient {
     const O* const left = buffer<O>(Buffer::kTransposed, together * left_size_);
     const int64_t s = op_.shape.kernel_width;
     A* const dweight = partial_ + part * size_;
+    const bool begins = first == bands.parts.begin(part);
     for (int64_t tap = 0; tap < taps_; ++tap)
       for (int64_t row = 0; row < product_rows_; row += kProductRows)
-        for (int64_t column = 0; column < product_columns_; column += kProductColumns)
+        for (int64_t column = 0; column < product_columns_; column += kProductColumns) {
+          const int64_t m = std::min(kProductRows, product_rows_ - row);
+          const int64_t n = std::min(kProductColumns, product_columns_ - column);
+          A* const out = dweight + (tap * product_rows_ + row) * product_columns_ + column;
+          for (int64_t j = 0; kAddsToZeros<O> && begins && j < m; ++j)
+            std::fill_n(out + j * product_columns_, n, A(0));
           for (int64_t i = 0; i < count; ++i) {
             const int64_t rows = bands.end_row(first + i) - bands.first_row(first + i);
             const int64_t calls = joined_ ? 1 : rows;
@@ -108,14 +114,12 @@ class WeightGradient {
                                tap / s * plane_width_ + tap % s / step_;
             const O* const b = rights[i] + column * (kPairs<O> ? 2 : 1);
             for (int64_t call = 0; call < calls; ++call)
-              tile_(std::min(kProductRows, product_rows_ - row),
-                    std::min(kProductColumns, product_columns_ - column),
-                    depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_, product_columns_,
-                    product_columns_, first + i > bands.parts.begin(part) || call > 0,
+              tile_(m, n, depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_, product_columns_,
+                    product_columns_, kAddsToZeros<O> || !begins || i > 0 || call > 0,
                     a + call * window_.step_height * plane_width_,
-                    b + call * pitch_ * product_columns_,
-                    dweight + (tap * product_rows_ + row) * product_columns_ + column);
+                    b + call * pitch_ * product_columns_, out);
           }
+        }
   }
 
   // Writes dW, once all bands are in: the parts' sum, in order, where it lies as in dW, or into the
@@ -155,9 +159,11 @@ class WeightGradient {
   const int64_t pitch_ = grad_pitch<O>(op_.shape, window_);  // of dy's rows
   const int64_t most_window_ = window_.rows(op_.shape, bands.rows_per_band);
   const int64_t step_depth_;  // what the depth of a product is a multiple of, by zeros at its end
-  // A row of a plane ends with those; an odd number of cache lines sets rows apart in the cache.
+  // A row of a plane ends with as many as there can be, a constant, which is much faster to write;
+  // an odd number of cache lines sets rows apart in the cache.
+  static constexpr int64_t kMostZeros = kPairs<O> ? 31 : 0;
   static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(O));
-  const int64_t ld_ = (ceil_div(most_window_ * plane_width_ + step_depth_ - 1, kLine) | 1) * kLine;
+  const int64_t ld_ = (ceil_div(most_window_ * plane_width_ + kMostZeros, kLine) | 1) * kLine;
   const int64_t plane_size_ = product_rows_ * ld_, left_size_ = step_ * plane_size_;
   const int64_t right_size_ = depth(bands.rows_per_band * pitch_) * product_columns_;
   const Tile<O, A> tile_;
@@ -183,7 +189,7 @@ class WeightGradient {
         }
       }
       for (int64_t j = 0; j < n; ++j)
-        std::fill_n(out + j * ld_ + rows * plane_width_, step_depth_ - 1, O{});
+        std::fill_n(out + j * ld_ + rows * plane_width_, kMostZeros, O{});
     }
   }
 };
