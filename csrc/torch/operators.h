@@ -261,6 +261,14 @@ struct Operators {
 
   static Tensor residual_grad(const OptionalTensor& grad, const Tensor& g, const Tensor& input,
                               const Tensor& affine, const Tensor& sums) {
+    return residual_grad_into(new_activation(input, image_shape(input)), grad, g, input, affine,
+                              sums);
+  }
+
+  // Into dinput, which may be g where the device works in place.
+  static Tensor residual_grad_into(const Tensor& dinput, const OptionalTensor& grad,
+                                   const Tensor& g, const Tensor& input, const Tensor& affine,
+                                   const Tensor& sums) {
     const Dtype dtype = dtype_of<Device>(input);
     const ImageShape shape = image_shape(input);
     const OptionalTensor dy = optional(activation, "grad", grad, input, shape);
@@ -268,7 +276,6 @@ struct Operators {
                  u = activation("input", input, input, shape);
     const Tensor a = vectors("affine", affine, input, 4, shape.channels);
     const Tensor s = vectors("sums", sums, input, 2, shape.channels);
-    const Tensor dinput = new_activation(input, shape);
     Device device(input);
     preact::residual_grad(device.runtime(), dtype, shape, data(dy), data(g_), data(u), data(a),
                           data(s), mutable_data(dinput));

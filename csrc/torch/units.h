@@ -221,9 +221,12 @@ struct UnitOperators {
         dy = nothing(grad);
         break;
       }
-      dy = output ? Layer::residual_grad(joins_h ? std::nullopt : to_shortcut, g, *output,
-                                         *output_affine, *output_sums)
-                  : g;
+      dy = g;
+      if (output) {
+        const Tensor to = Device::kInPlace ? g : new_activation(g, image_shape(g));
+        dy = Layer::residual_grad_into(to, joins_h ? std::nullopt : to_shortcut, g, *output,
+                                       *output_affine, *output_sums);
+      }
     }
     call.finish();
     return {dy, dweights, sums, dprojections};
