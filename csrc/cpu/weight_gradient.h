@@ -100,13 +100,11 @@ class WeightGradient {
     A* const dweight = partial_ + part * size_;
     const bool begins = first == bands.parts.begin(part);
     for (int64_t tap = 0; tap < taps_; ++tap)
-      for (int64_t row = 0; row < product_rows_; row += kProductRows)
-        for (int64_t column = 0; column < product_columns_; column += kProductColumns) {
-          const int64_t m = std::min(kProductRows, product_rows_ - row);
-          const int64_t n = std::min(kProductColumns, product_columns_ - column);
-          A* const out = dweight + (tap * product_rows_ + row) * product_columns_ + column;
-          for (int64_t j = 0; kAddsToZeros<O> && begins && j < m; ++j)
-            std::fill_n(out + j * product_columns_, n, A(0));
+      for (int64_t row = 0; row < product_rows_; row += kProductRows) {
+        const int64_t m = std::min(kProductRows, product_rows_ - row);
+        A* const out = dweight + (tap * product_rows_ + row) * product_columns_;
+        if (kAddsToZeros<O> && begins) std::fill_n(out, m * product_columns_, A(0));
+        for (int64_t column = 0; column < product_columns_; column += kProductColumns)
           for (int64_t i = 0; i < count; ++i) {
             const int64_t rows = bands.end_row(first + i) - bands.first_row(first + i);
             const int64_t calls = joined_ ? 1 : rows;
@@ -114,12 +112,13 @@ class WeightGradient {
                                tap / s * plane_width_ + tap % s / step_;
             const O* const b = rights[i] + column * (kPairs<O> ? 2 : 1);
             for (int64_t call = 0; call < calls; ++call)
-              tile_(m, n, depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_, product_columns_,
+              tile_(m, std::min(kProductColumns, product_columns_ - column),
+                    depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_, product_columns_,
                     product_columns_, kAddsToZeros<O> || !begins || i > 0 || call > 0,
                     a + call * window_.step_height * plane_width_,
-                    b + call * pitch_ * product_columns_, out);
+                    b + call * pitch_ * product_columns_, out + column);
           }
-        }
+      }
   }
 
   // Writes dW, once all bands are in: the parts' sum, in order, where it lies as in dW, or into the
