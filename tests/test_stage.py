@@ -72,6 +72,20 @@ def test_bits_of_units_called_one_by_one(mode, calls):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_backward_twice(backend_name, training):
+    """The same bits, and the gradient that came in, and what was saved, are as they were."""
+    stage = make(4)[0].float().train(training)
+    x = torch.randn(IMAGES).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = stage(x)
+    dy = torch.randn_like(y)
+    given = [x.detach().clone(), y.detach().clone(), dy.clone()]
+    leaves = [x, *stage.parameters()]
+    first, second = (torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2))
+    for one, other in zip([*first, *given], [*second, x, y, dy], strict=True):
+        assert torch.equal(one, other)
+
+
 def _replaced(model):
     model[3] = nn.Sequential(model[3], nn.Tanh())
 

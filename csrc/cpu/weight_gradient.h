@@ -158,8 +158,8 @@ class WeightGradient {
   const int64_t pitch_ = grad_pitch<O>(op_.shape, window_);  // of dy's rows
   const int64_t most_window_ = window_.rows(op_.shape, bands.rows_per_band);
   const int64_t step_depth_;  // what the depth of a product is a multiple of, by zeros at its end
-  // A row of a plane ends with as many as there can be, a constant, which is much faster to write;
-  // an odd number of cache lines sets rows apart in the cache.
+  // A row of a plane ends with as many as there can be (of a multiple of 32, AMX's): a constant is
+  // much faster to write. An odd number of cache lines sets rows apart in the cache.
   static constexpr int64_t kMostZeros = kPairs<O> ? 31 : 0;
   static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(O));
   const int64_t ld_ = (ceil_div(most_window_ * plane_width_ + kMostZeros, kLine) | 1) * kLine;

@@ -14,7 +14,7 @@ namespace preact {
 class CudaDevice {
  public:
   static constexpr char kDtypes[] = "float32, bfloat16 or float16";
-  static constexpr bool kInPlace = false;  // kernels read through the cache for constants
+  static constexpr bool kResidualGradInPlace = false;  // kernels read by __ldg
   static bool runs(Dtype dtype) { return dtype != Dtype::kFloat64; }
   using Call = UnitsCall<CudaDevice>;
 

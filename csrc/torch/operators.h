@@ -265,7 +265,7 @@ struct Operators {
                               sums);
   }
 
-  // Into dinput, which may be g where the device works in place.
+  // Into dinput, which may be g where Device::kResidualGradInPlace.
   static Tensor residual_grad_into(const Tensor& dinput, const OptionalTensor& grad,
                                    const Tensor& g, const Tensor& input, const Tensor& affine,
                                    const Tensor& sums) {

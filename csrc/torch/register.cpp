@@ -9,7 +9,7 @@ namespace {
 class CpuDevice {
  public:
   static constexpr char kDtypes[] = "float32, bfloat16 or float64";
-  static constexpr bool kInPlace = true;  // residual_grad may write over what it reads
+  static constexpr bool kResidualGradInPlace = true;  // it may write over g
   static bool runs(Dtype dtype) { return dtype != Dtype::kFloat16; }
   struct Call {
     explicit Call(const Tensor&) {}

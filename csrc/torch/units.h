@@ -223,7 +223,7 @@ struct UnitOperators {
       }
       dy = g;
       if (output) {
-        const Tensor to = Device::kInPlace ? g : new_activation(g, image_shape(g));
+        const Tensor to = Device::kResidualGradInPlace ? g : new_activation(g, image_shape(g));
         dy = Layer::residual_grad_into(to, joins_h ? std::nullopt : to_shortcut, g, *output,
                                        *output_affine, *output_sums);
       }

@@ -11,7 +11,7 @@ namespace {
 class EmulatedDevice {
  public:
   static constexpr char kDtypes[] = "float32, bfloat16 or float16";
-  static constexpr bool kInPlace = false;  // kernels read through the cache for constants
+  static constexpr bool kResidualGradInPlace = false;  // kernels read by __ldg
   static bool runs(Dtype dtype) { return dtype != Dtype::kFloat64; }
   using Call = UnitsCall<EmulatedDevice>;
 
