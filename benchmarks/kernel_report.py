@@ -38,7 +38,17 @@ from machine_code import (
     nvcc,
     read_kernels,
 )
-from step_calls import STEPS, Call, Spec, call_bytes, call_flops, shape_class, step_calls
+from step_calls import (
+    STEPS,
+    Call,
+    Spec,
+    call_bytes,
+    call_flops,
+    halves,
+    shape_class,
+    step_calls,
+    weight_gradient,
+)
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -203,17 +213,29 @@ class Report:
         sums = bool(call.weight_gradients)
         return [launch for launch in launches if ("add_splits" in launch.kernel) == sums]
 
-    def partial_bytes(self, device: Device, wgrad: Call) -> int:
-        if (device.name, wgrad) not in self._splits:
-            (launch,) = self.launches(device, wgrad)
-            self._splits[device.name, wgrad] = launch.grid[0]
-        return self._splits[device.name, wgrad] * 4 * math.prod(wgrad.results[0].shape)
+    def by_kernel(self, device: Device, calls: list[Call]) -> list[Call]:
+        """Both gradients of a convolution as two calls where they have no kernel in common."""
+        found: list[Call] = []
+        for call in calls:
+            if call.operator.endswith("backward") and weight_gradient(call) is not None:
+                one_kernel = len(self.launches(device, call)) == 1
+                found += [call] if one_kernel else halves(call)
+            else:
+                found.append(call)
+        return found
+
+    def partial_bytes(self, device: Device, call: Call) -> int:
+        """Of the weight gradient's partial results."""
+        if (device.name, call) not in self._splits:
+            of_weights = self.launches(device, call)[0]  # wgrad comes before dgrad
+            self._splits[device.name, call] = of_weights.grid[0]
+        return self._splits[device.name, call] * weight_gradient(call).bytes
 
     def step(self, device: Device, calls: list[Call]) -> list[Row]:
         """A row for each launch of each distinct call; PyTorch's own operators by their name."""
         rows = []
         kernels = self.kernels[device.architecture]
-        for call, count in Counter(calls).items():
+        for call, count in Counter(self.by_kernel(device, calls)).items():
             if call.operator.startswith("aten::"):
                 rows.append(_own_row(device, call, count))
                 continue
@@ -222,8 +244,8 @@ class Report:
             for launch in launches:
                 kernel = kernels[launch.kernel]
                 here = moved
-                if call.operator.endswith("wgrad"):
-                    here += self.partial_bytes(device, call) - call.results[0].bytes
+                if dweight := weight_gradient(call):
+                    here += self.partial_bytes(device, call) - dweight.bytes
                 for wgrad in call.weight_gradients:
                     here += self.partial_bytes(device, wgrad)
                 here /= len(launches)

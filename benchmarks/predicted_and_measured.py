@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from step_calls import STEPS, Call, Spec, shape_class, step_calls
+from step_calls import STEPS, Call, Spec, halves, shape_class, step_calls
 
 PREDICTED = Path(__file__).resolve().parent / "predicted" / "kernels.json"
 CALLS, REPLAYS = 10, 5  # in a graph; of it
@@ -60,7 +60,13 @@ def measure(calls: list[Call], predicted: dict[tuple[str, str], float]) -> list[
     of each weight gradient here, and of no prediction.
     """
     rows = []
-    for call, count in Counter(call for call in calls if not call.weight_gradients).items():
+    layers: list[Call] = []
+    for call in calls:
+        name, shape = call.operator.split("::")[1], shape_class(call)
+        both = name == "preact_conv_backward" and (name, shape) not in predicted
+        if not call.weight_gradients:
+            layers += halves(call) if both else [call]
+    for call, count in Counter(layers).items():
         name, shape = call.operator.split("::")[1], shape_class(call)
         if call.operator.startswith("fused_preact::") and (name, shape) in predicted:
             rows.append(Row(name, shape, count, predicted[name, shape], _seconds(call)))

@@ -86,9 +86,9 @@ class _Recorder(TorchDispatchMode):
             first = len(self.calls)
             with self:
                 output = layer_by_layer(function, args, kwargs)
-            wgrads = tuple(c for c in self.calls[first:] if c.operator.endswith("wgrad"))
+            wgrads = tuple(c for c in self.calls[first:] if weight_gradient(c) is not None)
             if wgrads:
-                results = tuple(call.results[0] for call in wgrads)
+                results = tuple(map(weight_gradient, wgrads))
                 arguments = _frozen(tree_map(_spec, (*args, *(kwargs or {}).values())))
                 self.calls.append(Call(function._schema.name, arguments, results, 0, wgrads))
             return output
@@ -101,8 +101,7 @@ class _Recorder(TorchDispatchMode):
             if function.namespace == "aten":
                 flops = count_flops(function, args, kwargs, output)
             call = Call(function._schema.name, _frozen(specs), results, flops)
-            both = call.operator == "fused_preact::preact_conv_backward"
-            self.calls += _halves(call) if both else [call]
+            self.calls.append(call)
         return output
 
 
@@ -148,18 +147,6 @@ def _launches(function: Any) -> bool:
     )
 
 
-def _halves(call: Call) -> list[Call]:
-    """A GPU runs preact_conv_backward as wgrad and dgrad."""
-    *dy, weight, u, affine = call.arguments[:7]
-    conv, allow_tf32 = call.arguments[8:13], call.arguments[14:15]  # none where it is the default
-    g, sums, dw = call.results
-    wgrad = *dy, u, affine, weight.shape[2:], *conv, *allow_tf32
-    return [
-        Call("fused_preact::preact_conv_wgrad", wgrad, (dw,), 0),
-        Call("fused_preact::preact_conv_dgrad", call.arguments, (g, sums), 0),
-    ]
-
-
 def _spec(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Spec(tuple(value.shape), tuple(value.stride()), value.dtype)
@@ -170,7 +157,26 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
+def halves(call: Call) -> list[Call]:
+    """What a preact_conv_backward is that has no kernel of its own: wgrad and dgrad."""
+    *dy, weight, u, affine = call.arguments[:7]
+    conv, allow_tf32 = call.arguments[8:13], call.arguments[14:15]  # none where it is the default
+    g, sums, dw = call.results
+    wgrad = *dy, u, affine, weight.shape[2:], *conv, *allow_tf32
+    return [
+        Call("fused_preact::preact_conv_wgrad", wgrad, (dw,), 0),
+        Call("fused_preact::preact_conv_dgrad", call.arguments, (g, sums), 0),
+    ]
+
+
 # --- what a call amounts to ---------------------------------------------------------------------
+
+
+def weight_gradient(call: Call) -> Spec | None:
+    """The result of a call that is one; None where it has none."""
+    name = call.operator.split("::")[1]
+    of_name = {"preact_conv_wgrad": 0, "preact_conv_backward": 2}
+    return call.results[of_name[name]] if name in of_name else None
 
 
 def call_bytes(call: Call) -> int:
@@ -190,7 +196,7 @@ def call_bytes(call: Call) -> int:
 
 
 def call_flops(call: Call) -> int:
-    """Of a convolution: 2 M' K C R S."""
+    """Of a convolution: 2 M' K C R S, of both its gradients twice that."""
     name = call.operator.split("::")[1]
     if name == "preact_conv_forward":
         weight, result = call.arguments[2].shape, call.results[0].shape
@@ -198,6 +204,8 @@ def call_flops(call: Call) -> int:
         weight, result = call.arguments[4].shape, call.arguments[0].shape
     elif name == "preact_conv_wgrad":
         weight, result = call.results[0].shape, call.arguments[0].shape
+    elif name == "preact_conv_backward":
+        return sum(map(call_flops, halves(call)))
     else:
         return call.flops
     return 2 * math.prod(result) * math.prod(weight[1:])
@@ -209,7 +217,7 @@ def shape_class(call: Call) -> str:
     if name == "preact_conv_forward":
         u, _, weight, residual, stride = call.arguments[:5]
         kernel, filters, extra = weight.shape[2:], weight.shape[0], residual
-    elif name == "preact_conv_dgrad":
+    elif name in ("preact_conv_dgrad", "preact_conv_backward"):
         weight, u, _, extra, stride = call.arguments[4:9]
         kernel, filters = weight.shape[2:], weight.shape[0]
     elif name == "preact_conv_wgrad":

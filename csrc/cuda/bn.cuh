@@ -77,6 +77,7 @@ PREACT_DEVICE void end_frozen(const T* residual,  // [M, C] or null
 struct BnGrad {
   Piece mean, scale, slope, offset;
 
+  BnGrad() = default;
   PREACT_DEVICE BnGrad(const float* affine, const float* sums, float inverse_count,
                        const Channels& channels, int64_t first) {
     const int valid = channels.valid(first);

@@ -83,13 +83,15 @@ __host__ __device__ inline Axis dgrad_axis(int64_t input, int64_t output, int64_
   return axis;
 }
 
-// A 1x1 convolution that moves no pixel works on [1, M, C], whatever the images.
+// A 1x1 convolution that moves no pixel.
+inline bool is_pointwise(const ConvShape& shape) {
+  return shape.kernel_height == 1 && shape.kernel_width == 1 && shape.stride_height == 1 &&
+         shape.stride_width == 1 && shape.input.height == shape.output.height &&
+         shape.input.width == shape.output.width && shape.pad_top == 0 && shape.pad_left == 0;
+}
+// It works on [1, M, C], whatever the images.
 inline ConvShape flattened(ConvShape shape) {
-  const bool pointwise =
-      shape.kernel_height == 1 && shape.kernel_width == 1 && shape.stride_height == 1 &&
-      shape.stride_width == 1 && shape.input.height == shape.output.height &&
-      shape.input.width == shape.output.width && shape.pad_top == 0 && shape.pad_left == 0;
-  if (pointwise) {
+  if (is_pointwise(shape)) {
     shape.input = {1, 1, shape.input.pixels(), shape.input.channels};
     shape.output = {1, 1, shape.output.pixels(), shape.output.channels};
   }
@@ -347,6 +349,14 @@ PREACT_DEVICE int row_of_thread(int i) {
     return row / 8 * 8 + row % 2 * 4 + row % 8 / 2;
   else
     return row;
+}
+
+// Into how many parts the pixels of a weight gradient are split: enough blocks to fill the device,
+// but partial results that stay small against the bytes that are read, and at most one for each of
+// `tiles`.
+inline int64_t choose_splits(int64_t to_fill, int64_t read, int64_t partial, int64_t tiles) {
+  const int64_t most = std::max<int64_t>(read / partial, 16);
+  return std::clamp<int64_t>(std::min(to_fill, most), 1, tiles);
 }
 
 // A block's window of an operand: kPieces pieces of channels for each pixel, zero where the image

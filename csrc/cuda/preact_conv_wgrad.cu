@@ -201,8 +201,6 @@ struct WgradGrid {
   int64_t blocks() const { return splits * channel_tiles * tap_groups; }
 };
 
-// Enough blocks to fill the device, but partial results that stay small against what is read, and
-// at most one block for each of `tiles`.
 template <class Tile>
 WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int64_t bytes, int64_t tiles) {
   const int64_t k = s.output.channels, c = s.input.channels;
@@ -214,8 +212,7 @@ WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int64_t byt
   const int64_t read = (s.input.pixels() * c + s.output.pixels() * k) * bytes;
   const int64_t partial_bytes =
       k * c * s.kernel_height * s.kernel_width * static_cast<int64_t>(sizeof(float));
-  const int64_t most = std::max<int64_t>(read / partial_bytes, 16);
-  return {std::clamp<int64_t>(std::min(to_fill, most), 1, tiles), channel_tiles, tap_groups};
+  return {choose_splits(to_fill, read, partial_bytes, tiles), channel_tiles, tap_groups};
 }
 
 // Whether tiles of 128 input channels, in 16 bits, leave none over and give no multiprocessor more

@@ -10,7 +10,7 @@ from cuda_emulator.emulator import COPIED
 from kernel_report import DEVICES, Report
 from machine_code import cuobjdump, nvcc
 from measure import layer_by_layer, runs_units
-from step_calls import shape_class, step_calls
+from step_calls import halves, shape_class, step_calls, weight_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_preact import PreActBlock, PreActBottleneck, PreActResNet, backend
@@ -43,22 +43,17 @@ class OurCalls(TorchDispatchMode):
 
 @pytest.mark.parametrize("build", [bottlenecks, blocks])
 def test_calls_are_those_of_the_real_model(build):
-    """Taken without data, they are the ones of a training step on real tensors.
-
-    Where a convolution has both gradients, the report has the two launches that they are on a GPU.
-    """
+    """Taken without data, they are the ones of a training step on real tensors."""
     model = build().to(memory_format=torch.channels_last)
     images = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
     with OurCalls() as real:
         with backend("cpu"), torch.autocast("cpu", torch.bfloat16):
             output = model(images)
         output.float().sum().backward()
-    both = real.names.pop("fused_preact::preact_conv_backward")
-    real.names += {f"fused_preact::preact_conv_{half}": both for half in ("dgrad", "wgrad")}
     calls = [c for c in step_calls(build, SHAPE) if c.operator.startswith("fused_preact")]
     taken = Counter(call.operator for call in calls if not call.weight_gradients)
     assert taken and taken == real.names
-    wgrads = [call for call in calls if call.operator.endswith("wgrad")]
+    wgrads = [call for call in calls if weight_gradient(call) is not None]
     assert wgrads == [wgrad for call in calls for wgrad in call.weight_gradients]
 
 
@@ -75,6 +70,7 @@ def test_report_of_a_small_network(emulator, kernels):
     report = Report({H100.architecture: by_name}, emulator)
     rows = report.step(H100, calls)
     ours = [call for call in calls if call.operator.startswith("fused_preact")]
+    ours = report.by_kernel(H100, ours)
     for operator in {call.operator for call in ours}:
         of_each = [len(report.launches(H100, call)) for call in ours if call.operator == operator]
         name = operator.split("::")[1]
@@ -97,6 +93,29 @@ def test_units_are_measured_layer_by_layer(monkeypatch):
     layers = [call for call in calls if not call.weight_gradients]
     assert sum(row.count for row in rows) == len(layers) < len(calls)
     assert not any("units" in row.operator for row in rows)
+
+
+def test_gradients_without_a_common_kernel_are_measured_apart(monkeypatch):
+    """As the report predicts them: a weight gradient and a gradient of the input."""
+    monkeypatch.setattr(predicted_and_measured, "_seconds", lambda call: 1.0)
+    calls = step_calls(blocks, SHAPE)
+    both = [call for call in calls if call.operator == "fused_preact::preact_conv_backward"]
+    parts = [part for call in both for part in halves(call)]
+    predicted = {(c.operator.split("::")[1], shape_class(c)): 1.0 for c in parts}
+    rows = Counter()
+    for row in predicted_and_measured.measure(both, predicted):
+        rows[row.operator] += row.count
+    assert both and rows == dict.fromkeys(("preact_conv_dgrad", "preact_conv_wgrad"), len(both))
+
+
+def test_small_1x1_gradients_have_one_kernel(emulator):
+    """Both of them, of bottlenecks; 3x3 convolutions have two."""
+    calls = step_calls(bottlenecks, SHAPE)
+    kernels = Counter(
+        c.operator.split("::")[1] for c in Report({}, emulator).by_kernel(H100, calls)
+    )
+    assert kernels["preact_conv_backward"] >= 4
+    assert kernels["preact_conv_wgrad"] >= 3
 
 
 @pytest.mark.skipif(nvcc() is None or cuobjdump() is None, reason="no nvcc, or no cuobjdump")

@@ -15,7 +15,7 @@ from cuda_emulator.build import broken, build
 from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
 from cuda_emulator.emulator import Emulator
 from numerics import assert_rule, make_case, tf32
-from operands import calls_with, units_operands
+from operands import calls_with, operands, units_operands
 from torch import Tensor
 
 from fused_preact import ops, reference
@@ -44,6 +44,51 @@ def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch
         scale = true.abs().max().float().clamp_min(1e-3)
         error = (ours[name].float() - true.float()).abs().max() / scale
         assert error <= TOLERANCES[dtype], f"{name}: {error:.3g}"
+
+
+# Both tiles; one, two and three groups of input channels, the last one narrower; spans that are no
+# power of two; fewer pixels than a tile has, and a last tile with some.
+POINTWISE = [
+    Shape(2, 16, 1, 1, 16, (1, 1)),
+    Shape(2, 64, 9, 8, 16, (1, 1)),
+    Shape(2, 16, 8, 8, 64, (1, 1)),
+    Shape(3, 32, 7, 7, 128, (1, 1)),
+    Shape(1, 208, 3, 5, 48, (1, 1)),
+    Shape(2, 48, 9, 5, 160, (1, 1)),
+    Shape(1, 256, 6, 7, 64, (1, 1)),
+    Shape(2, 64, 5, 7, 256, (1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+def test_gradients_of_a_1x1_in_one_kernel(emulator, shape, dtype):
+    """As the reference has them; g has the bits of dgrad, and all are the same in any order.
+
+    Deferred or not, with an addend or without, with sums or without.
+    """
+    images = (shape.images, shape.channels, shape.height, shape.width)
+    conv = (shape.filters, shape.kernel, shape.stride, shape.padding)
+    for i, deferred in enumerate((True, False)):
+        o = operands(dtype, images, conv, deferred=deferred)
+        rest = (o.weight, o.input, o.affine, None if i else o.addend, *o.geometry)
+        arguments = (o.grad, *o.deferred, *rest, "silu" if shape.filters > 64 else "relu", i == 0)
+        with emulator.recording(2, 163 * 1024) as launches:
+            emulator.operators.preact_conv_backward(*arguments)
+        assert [launch.kernel.split("_kernel")[0] for launch in launches] == [
+            "preact_conv_backward",
+            "add_splits",
+        ]
+        results = []
+        for seed in range(2):
+            emulator.seed(seed)
+            results.append(emulator.operators.preact_conv_backward(*arguments))
+        names = ("g", "sums", "dweight")
+        truth = reference.preact_conv_backward(*arguments)
+        assert_close(*(dict(zip(names, r, strict=True)) for r in (results[0], truth)), dtype)
+        assert torch.equal(results[0][0], emulator.operators.preact_conv_dgrad(*arguments)[0])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

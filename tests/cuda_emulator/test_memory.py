@@ -57,6 +57,10 @@ class Layer:
             "preact_conv_wgrad": (*dy, self.u, self.affine, kernel_size, *self.geometry),
         }
 
+    def gradients(self) -> tuple:
+        """Of preact_conv_backward: what dgrad takes."""
+        return self.calls()["preact_conv_dgrad"]
+
 
 def count(emulator, name, arguments):
     """An operator's results, what it moved, and the grid of its first launch."""
@@ -169,6 +173,25 @@ def test_wgrad_of_few_channels_reads_its_operands_once(emulator):
     hold(counts, reads, vectors, results, (scratch, scratch))
 
 
+@pytest.mark.parametrize(
+    ("channels", "filters"), [(64, 16), (16, 64), (128, 32), (32, 128), (256, 64), (64, 256)]
+)
+def test_gradients_of_a_1x1_read_their_operands_once(emulator, channels, filters):
+    """Both of them together, in 16 bits; dy once for each group of input channels."""
+    layer = Layer(torch.bfloat16, channels, filters, 1)
+    results, counts, (splits, groups, _) = count(
+        emulator, "preact_conv_backward", layer.gradients()
+    )
+    assert groups == (2 if channels * filters == 256 * 64 else 1)
+    reads = {layer.g: groups, layer.y: groups, layer.u: 1, layer.addend: 1, layer.weight: splits}
+    vectors = [layer.affine, layer.y_affine, layer.y_sums]
+    partial = splits * 4 * layer.weight.numel()
+    read, written = scratch_of_sums(splits, max(channels, 32))  # whole lines
+    read = read * channels // max(channels, 32)
+    written = written * channels // max(channels, 32)
+    hold(counts, reads, vectors, results, (partial + read, partial + written))
+
+
 # --- sectors and banks ---------------------------------------------------------------------------
 
 
@@ -224,6 +247,24 @@ STRIDED = {("conv.cuh", MATRIX_READ, 16): 2}
 def test_fast_paths_use_whole_sectors_and_no_bank_twice(emulator, channels, filters, kernel, known):
     """Every access of a warp, in 16 bits: what is known above, and nothing else."""
     assert waste_of(emulator, Layer(torch.bfloat16, channels, filters, kernel)) == known
+
+
+# Once a tile: vectors of BatchNorm in float32, by halves, and results of fewer channels than 64.
+GRADIENTS = {
+    ("preact_conv_backward.cu", SHARED_READ, 16): 2,
+    ("preact_conv_backward.cu", SHARED_WRITTEN, 16): 2,  # the vectors once a block
+    ("reduce.cuh", SHARED_WRITTEN, 4): 2,  # once a block
+}
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters"), [(64, 16), (16, 64), (128, 32), (32, 128), (256, 64), (64, 256)]
+)
+def test_gradients_of_a_1x1_use_whole_sectors(emulator, channels, filters):
+    """And no bank twice where pixels are copied, transformed and multiplied."""
+    layer = Layer(torch.bfloat16, channels, filters, 1)
+    _, counts, _ = count(emulator, "preact_conv_backward", layer.gradients())
+    assert waste(counts.points) == VECTORS | GRADIENTS
 
 
 def test_stride_2_takes_the_window_in_two_passes(emulator):
