@@ -325,10 +325,11 @@ def static_table(kernels: dict[str, Kernel]) -> list[str]:
         )
         pieces = ["-"] * 3
         if "preact_conv" in name and "f16" in name:  # bf16 as well
-            forms = [kernel.per_copy(weights=False)]
+            pieces[0] = f"{kernel.per_copy(weights=False):.0f}"
+            if kernel.copies_weights:
+                pieces[1] = f"{kernel.per_copy(weights=True):.0f}"
             if "wgrad" not in name:
-                forms += [kernel.per_copy(weights=True), kernel.per_unit("STG", 128)]
-            pieces[: len(forms)] = [f"{n:.0f}" for n in forms]
+                pieces[2] = f"{kernel.per_unit('STG', 128):.0f}"
         short = name.replace("(preact::Activation)0", "relu")
         short = short.replace("(preact::Activation)1", "silu")
         short = short.replace("preact::cuda::", "").replace("preact::", "")

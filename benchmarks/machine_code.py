@@ -120,6 +120,11 @@ class Kernel:
         """
         return self._per_unit("LDGSTS", 128, lambda x: (x.count("STS", 16) > 0) == weights)
 
+    @property
+    def copies_weights(self) -> bool:
+        """Whether weights have loops of their own: not in the kernels with weight gradients."""
+        return not self.name.startswith(("preact_conv_wgrad", "preact_conv_backward"))
+
     def _per_unit(self, name: str, bits: int, chosen: Callable[[Loop], bool]) -> float:
         loops = [loop for loop in self.loops if loop.count(name, bits) and chosen(loop)]
         paths = [loop.fast_path() for loop in loops]
