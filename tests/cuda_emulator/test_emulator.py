@@ -46,8 +46,8 @@ def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch
         assert error <= TOLERANCES[dtype], f"{name}: {error:.3g}"
 
 
-# Both tiles; one, two and three groups of input channels, the last one narrower; spans that are no
-# power of two; fewer pixels than a tile has, and a last tile with some.
+# Both tiles; one and two groups of input channels, the last one narrower; spans that are no power
+# of two; fewer pixels than a tile has, and a last tile with some.
 POINTWISE = [
     Shape(2, 16, 1, 1, 16, (1, 1)),
     Shape(2, 64, 9, 8, 16, (1, 1)),
@@ -90,6 +90,26 @@ def test_gradients_of_a_1x1_in_one_kernel(emulator, shape, dtype):
         assert torch.equal(results[0][0], emulator.operators.preact_conv_dgrad(*arguments)[0])
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kilobytes", [227, 120, 99])
+@pytest.mark.parametrize("channels,filters", [(16, 64), (64, 256), (256, 64)])
+def test_gradients_of_a_1x1_of_many_tiles(emulator, channels, filters, kilobytes):
+    """So many a block that every slot is used again, whatever shared memory has room for."""
+    shape = (2, channels, 21, 24)  # 32 tiles, the last of them half empty
+    conv = (filters, (1, 1), (1, 1), (0,) * 4)
+    o = operands(torch.bfloat16, shape, conv, deferred=True)
+    arguments = (o.grad, *o.deferred, o.weight, o.input, o.affine, None, *o.geometry, "relu", True)
+    with emulator.recording(1, kilobytes * 1024) as launches:
+        emulator.operators.preact_conv_backward(*arguments)
+    splits = launches[0].grid[0]
+    stages = {2 + newest for newest, n in enumerate(launches[0].waits) if n}
+    assert 32 // splits > 2 * max(stages)
+    with emulator.device(1, kilobytes * 1024):
+        ours = emulator.operators.preact_conv_backward(*arguments)
+    names, truth = ("g", "sums", "dweight"), reference.preact_conv_backward(*arguments)
+    assert_close(*(dict(zip(names, r, strict=True)) for r in (ours, truth)), torch.bfloat16)
+    assert torch.equal(ours[0], emulator.operators.preact_conv_dgrad(*arguments)[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

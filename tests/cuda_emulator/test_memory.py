@@ -186,9 +186,7 @@ def test_gradients_of_a_1x1_read_their_operands_once(emulator, channels, filters
     reads = {layer.g: groups, layer.y: groups, layer.u: 1, layer.addend: 1, layer.weight: splits}
     vectors = [layer.affine, layer.y_affine, layer.y_sums]
     partial = splits * 4 * layer.weight.numel()
-    read, written = scratch_of_sums(splits, max(channels, 32))  # whole lines
-    read = read * channels // max(channels, 32)
-    written = written * channels // max(channels, 32)
+    read, written = scratch_of_sums(splits, channels)
     hold(counts, reads, vectors, results, (partial + read, partial + written))
 
 
