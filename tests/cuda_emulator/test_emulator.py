@@ -345,17 +345,24 @@ def test_checks_name_the_argument(emulator):
 
 
 @pytest.mark.skipif(SANITIZED, reason="builds by itself")
-def test_missing_barrier_is_found(emulator, tmp_path):
-    """wgrad without the barrier between the prologue and the multiplication."""
+@pytest.mark.parametrize(
+    ("kernel", "shape", "dweight"),
+    [
+        ("preact_conv_wgrad", SHAPES[4], "preact_conv_wgrad"),
+        ("preact_conv_backward", POINTWISE[3], "preact_conv_backward (1)"),
+    ],
+)
+def test_missing_barrier_is_found(emulator, tmp_path, kernel, shape, dweight):
+    """A weight gradient without the barrier between the prologue and the multiplication."""
     before = "    __syncthreads();\n    fetch(tile"
-    cuda = broken(tmp_path, "preact_conv_wgrad.cu", before, before.replace("__syncthreads();", ""))
+    cuda = broken(tmp_path, f"{kernel}.cu", before, before.replace("__syncthreads();", ""))
+    namespace = f"{kernel}_race"
     library = build(
-        tmp_path / "build", "preact_race", cuda=cuda, reuse=emulator.library.parent, optimise="-O0"
+        tmp_path / "build", namespace, cuda=cuda, reuse=emulator.library.parent, optimise="-O0"
     )
-    racy = Emulator(library, "preact_race")
-    shape = SHAPES[4]
-    truth = run(reference, shape, torch.bfloat16, "relu", True)["preact_conv_wgrad"]
-    found = run(racy.operators, shape, torch.bfloat16, "relu", True)["preact_conv_wgrad"]
+    racy = Emulator(library, namespace)
+    truth = run(reference, shape, torch.bfloat16, "relu", True)[dweight]
+    found = run(racy.operators, shape, torch.bfloat16, "relu", True)[dweight]
     assert not torch.allclose(found, truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
 
 
