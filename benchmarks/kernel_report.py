@@ -42,9 +42,9 @@ from step_calls import (
     STEPS,
     Call,
     Spec,
+    by_kernel,
     call_bytes,
     call_flops,
-    halves,
     shape_class,
     step_calls,
     weight_gradient,
@@ -214,15 +214,12 @@ class Report:
         return [launch for launch in launches if ("add_splits" in launch.kernel) == sums]
 
     def by_kernel(self, device: Device, calls: list[Call]) -> list[Call]:
-        """Both gradients of a convolution as two calls where they have no kernel in common."""
-        found: list[Call] = []
-        for call in calls:
-            if call.operator.endswith("backward") and weight_gradient(call) is not None:
-                one_kernel = len(self.launches(device, call)) == 1
-                found += [call] if one_kernel else halves(call)
-            else:
-                found.append(call)
-        return found
+        """Calls of several gradients as those of single ones where they have no common kernel."""
+
+        def has_kernel(call: Call) -> bool:
+            return len(self.launches(device, call)) == 1
+
+        return [one for call in calls for one in by_kernel(call, has_kernel)]
 
     def partial_bytes(self, device: Device, call: Call) -> int:
         """Of the weight gradient's partial results."""

@@ -146,6 +146,7 @@ def layer_by_layer(function, args, kwargs) -> Any:
 def count_flops(function, args, kwargs, output) -> int:
     """Multiplications and additions of an operator, 0 where it has few."""
     name = function._schema.name.split("::")[1]
+    products = 1
     if name == "preact_conv_forward":
         weight, result = args[2], output[0]
     elif name == "preact_conv_dgrad":
@@ -153,10 +154,10 @@ def count_flops(function, args, kwargs, output) -> int:
     elif name == "preact_conv_wgrad":
         weight, result = output, args[0]
     elif name == "preact_conv_backward":
-        weight, result = args[4], args[0]
-        return 4 * result.numel() * weight[0].numel()
+        weight, result, products = args[4], args[0], 2
+    elif name == "residual_conv_backward":
+        weight, result, products = args[5], args[1], 2
     else:
         count = flop_registry.get(function.overloadpacket)
         return count(*args, **kwargs, out_val=output) if count else 0
-    _, c, r, s = weight.shape
-    return 2 * result.numel() * c * r * s
+    return products * 2 * result.numel() * weight[0].numel()

@@ -82,6 +82,16 @@ def rotated(device: torch.device) -> int:
     return 4 if device.type == "cuda" else 1
 
 
+class _Sum(NamedTuple):
+    """A residual sum that the convolution ends in, and the BatchNorm that reads it."""
+
+    output: Tensor
+    gamma: Tensor
+    affine: Tensor
+    g: Tensor
+    sums: Tensor
+
+
 class _Operands(NamedTuple):
     """What a unit has at hand as it comes to this convolution; vectors in the accumulator."""
 
@@ -94,6 +104,7 @@ class _Operands(NamedTuple):
     h: Tensor  # what eager saves for the backward pass
     weight: Tensor
     residual: Tensor | None
+    sum: _Sum | None
     dy: Tensor
     dh: Tensor
     g: Tensor
@@ -120,6 +131,13 @@ def _operands(
     stats = reference.bn_stats(input)
     affine = reference.bn_affine(stats, gamma, beta, EPS)
     g, sums = reference.bn_relu_backward(dh, input, affine, "relu", True)
+    residual = residual_sum = None
+    if case.residual:
+        residual, output = random(n, k, height, width), random(n, k, height, width)
+        of_output = random(k, of=acc), random(k, of=acc)
+        bn = reference.bn_affine(reference.bn_stats(output), *of_output, EPS)
+        gradients = reference.bn_relu_backward(dy, output, bn, "relu", True)
+        residual_sum = _Sum(output, of_output[0], bn, *gradients)
     return _Operands(
         input,
         gamma,
@@ -129,7 +147,8 @@ def _operands(
         ([random(c, of=acc) for _ in range(3)], [torch.ones_like(beta) for _ in range(3)]),
         reference.bn_relu_forward(input, affine, "relu"),
         weight,
-        random(n, k, height, width) if case.residual else None,
+        residual,
+        residual_sum,
         dy,
         dh,
         g,
@@ -168,10 +187,10 @@ def _eager_conv(o: _Operands) -> Results:
     return [y if o.residual is None else y + o.residual, None, None]
 
 
-def _eager_conv_grad(o: _Operands, mask: list[bool]) -> tuple[Tensor | None, ...]:
+def _eager_conv_grad(o: _Operands, dy: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
     padding = [o.padding] * 2
     return aten.convolution_backward(
-        o.dy, o.h, o.weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, mask
+        dy, o.h, o.weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, mask
     )
 
 
@@ -188,9 +207,18 @@ def _eager_relu_and_sums(o: _Operands, dh: Tensor) -> Results:
     return [g, torch.stack((dbeta, dgamma))]
 
 
-def _eager_backward(o: _Operands) -> Results:
-    dh, dw, _ = _eager_conv_grad(o, [True, True, False])
+def _eager_backward(o: _Operands, dy: Tensor) -> Results:
+    dh, dw, _ = _eager_conv_grad(o, dy, [True, True, False])
     return [*_eager_relu_and_sums(o, dh), dw]
+
+
+def _eager_sum_backward(o: _Operands) -> Results:
+    mean, rstd = o.sum.affine[0], o.sum.affine[1]
+    dy, _, _ = aten.native_batch_norm_backward(
+        o.sum.g, o.sum.output, o.sum.gamma, None, None, mean, rstd, True, EPS, [True, False, False]
+    )
+    dy = dy.add_(o.residual)
+    return [dy, *_eager_backward(o, dy)]
 
 
 def _eager_residual_grad(o: _Operands) -> Results:
@@ -253,13 +281,13 @@ OPERATORS = {
     "preact_conv_dgrad": _Operator(
         "backward",
         "convolution_backward for the input, threshold_backward, batch_norm_backward's sums",
-        lambda o: _eager_relu_and_sums(o, _eager_conv_grad(o, [True, False, False])[0]),
+        lambda o: _eager_relu_and_sums(o, _eager_conv_grad(o, o.dy, [True, False, False])[0]),
         _dgrad_arguments,
     ),
     "preact_conv_wgrad": _Operator(
         "backward",
         "convolution_backward for the weight from the h that eager saved; ours computes h again",
-        lambda o: [_eager_conv_grad(o, [False, True, False])[1]],
+        lambda o: [_eager_conv_grad(o, o.dy, [False, True, False])[1]],
         lambda o: (
             o.dy,
             *(None, None, None),
@@ -272,8 +300,17 @@ OPERATORS = {
     "preact_conv_backward": _Operator(
         "backward",
         "convolution_backward for both, threshold_backward, batch_norm_backward's sums",
-        _eager_backward,
+        lambda o: _eager_backward(o, o.dy),
         _dgrad_arguments,
+    ),
+    "residual_conv_backward": _Operator(
+        "backward",
+        "batch_norm_backward for the output and the addition, then as preact_conv_backward",
+        _eager_sum_backward,
+        lambda o: (
+            *(o.residual, o.sum.g, o.sum.output, o.sum.affine, o.sum.sums),
+            *(o.weight, o.input, o.affine, *_geometry(o)),
+        ),
     ),
     "residual_grad": _Operator(
         "backward",
@@ -284,7 +321,8 @@ OPERATORS = {
     ),
 }
 _CONVOLUTIONS = [name for name in OPERATORS if name.startswith("preact_conv")]
-_POINTWISE = [name for name in OPERATORS if name not in _CONVOLUTIONS]
+_SUMS = ["residual_conv_backward"]  # of the convolution at a unit's end
+_POINTWISE = [name for name in OPERATORS if name not in _CONVOLUTIONS + _SUMS]
 
 
 def operator_cases(batches: dict[str, int]) -> list[OperatorCase]:
@@ -303,12 +341,13 @@ def operator_cases(batches: dict[str, int]) -> list[OperatorCase]:
             cases += [
                 OperatorCase(name, f"1x1-in-{stage}", wide, planes, 1, False, False),
                 OperatorCase(name, f"3x3-{stage}", narrow, planes, 3, False, quick),
-                OperatorCase(name, f"1x1-out-{stage}", narrow, 4 * planes, 1, True, quick),
             ]
+        for name in _CONVOLUTIONS + _SUMS:
+            cases.append(OperatorCase(name, f"1x1-out-{stage}", narrow, 4 * planes, 1, True, quick))
     for size, planes in ((32, 64), (16, 128), (8, 256), (4, 512)):
         shape = (batches["basic"], planes, size, size)
         cases += [
             OperatorCase(name, f"basic-{planes}x{size}", shape, planes, 3, True, False)
-            for name in _CONVOLUTIONS
+            for name in _CONVOLUTIONS + _SUMS
         ]
     return cases

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from step_calls import STEPS, Call, Spec, halves, shape_class, step_calls
+from step_calls import STEPS, Call, Spec, by_kernel, shape_class, step_calls
 
 PREDICTED = Path(__file__).resolve().parent / "predicted" / "kernels.json"
 CALLS, REPLAYS = 10, 5  # in a graph; of it
@@ -62,15 +62,16 @@ def measure(calls: list[Call], predicted: dict[tuple[str, str], float]) -> list[
     rows = []
     layers: list[Call] = []
     for call in calls:
-        name, shape = call.operator.split("::")[1], shape_class(call)
-        both = name == "preact_conv_backward" and (name, shape) not in predicted
         if not call.weight_gradients:
-            layers += halves(call) if both else [call]
+            layers += by_kernel(call, lambda one: _key(one) in predicted)
     for call, count in Counter(layers).items():
-        name, shape = call.operator.split("::")[1], shape_class(call)
-        if call.operator.startswith("fused_preact::") and (name, shape) in predicted:
-            rows.append(Row(name, shape, count, predicted[name, shape], _seconds(call)))
+        if call.operator.startswith("fused_preact::") and _key(call) in predicted:
+            rows.append(Row(*_key(call), count, predicted[_key(call)], _seconds(call)))
     return sorted(rows, key=lambda row: -row.count * row.measured)
+
+
+def _key(call: Call) -> tuple[str, str]:
+    return call.operator.split("::")[1], shape_class(call)
 
 
 def table(network: str, gpu: str, rows: list[Row]) -> str:

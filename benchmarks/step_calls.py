@@ -157,16 +157,38 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-def halves(call: Call) -> list[Call]:
-    """What a preact_conv_backward is that has no kernel of its own: wgrad and dgrad."""
-    *dy, weight, u, affine = call.arguments[:7]
-    conv, allow_tf32 = call.arguments[8:13], call.arguments[14:15]  # none where it is the default
-    g, sums, dw = call.results
-    wgrad = *dy, u, affine, weight.shape[2:], *conv, *allow_tf32
-    return [
-        Call("fused_preact::preact_conv_wgrad", wgrad, (dw,), 0),
-        Call("fused_preact::preact_conv_dgrad", call.arguments, (g, sums), 0),
-    ]
+def parts(call: Call) -> list[Call]:
+    """What a call of both gradients does one after the other where it has no kernel; else nothing.
+
+    Of a residual sum: residual_grad and preact_conv_backward. Of that: wgrad and dgrad.
+    """
+    name = call.operator.split("::")[1]
+    if name == "residual_conv_backward":
+        dy, *gradients = call.results
+        sum_bn, layer, conv = call.arguments[:5], call.arguments[5:8], call.arguments[8:13]
+        both = dy, None, None, None, *layer, None, *conv, True, *call.arguments[13:]
+        return [
+            Call("fused_preact::residual_grad", sum_bn, (dy,), 0),
+            Call("fused_preact::preact_conv_backward", both, tuple(gradients), 0),
+        ]
+    if name == "preact_conv_backward":
+        *of_dy, weight, u, affine = call.arguments[:7]
+        conv, allow_tf32 = call.arguments[8:13], call.arguments[14:15]  # none where the default
+        g, sums, dw = call.results
+        wgrad = *of_dy, u, affine, weight.shape[2:], *conv, *allow_tf32
+        return [
+            Call("fused_preact::preact_conv_wgrad", wgrad, (dw,), 0),
+            Call("fused_preact::preact_conv_dgrad", call.arguments, (g, sums), 0),
+        ]
+    return []
+
+
+def by_kernel(call: Call, has_kernel: Callable[[Call], bool]) -> list[Call]:
+    """A call as what of it has a kernel."""
+    pieces = parts(call)
+    if not pieces or has_kernel(call):
+        return [call]
+    return [one for part in pieces for one in by_kernel(part, has_kernel)]
 
 
 # --- what a call amounts to ---------------------------------------------------------------------
@@ -175,7 +197,7 @@ def halves(call: Call) -> list[Call]:
 def weight_gradient(call: Call) -> Spec | None:
     """The result of a call that is one; None where it has none."""
     name = call.operator.split("::")[1]
-    of_name = {"preact_conv_wgrad": 0, "preact_conv_backward": 2}
+    of_name = {"preact_conv_wgrad": 0, "preact_conv_backward": 2, "residual_conv_backward": 3}
     return call.results[of_name[name]] if name in of_name else None
 
 
@@ -204,8 +226,8 @@ def call_flops(call: Call) -> int:
         weight, result = call.arguments[4].shape, call.arguments[0].shape
     elif name == "preact_conv_wgrad":
         weight, result = call.results[0].shape, call.arguments[0].shape
-    elif name == "preact_conv_backward":
-        return sum(map(call_flops, halves(call)))
+    elif name in ("preact_conv_backward", "residual_conv_backward"):
+        return sum(map(call_flops, parts(call)))
     else:
         return call.flops
     return 2 * math.prod(result) * math.prod(weight[1:])
@@ -220,6 +242,9 @@ def shape_class(call: Call) -> str:
     elif name in ("preact_conv_dgrad", "preact_conv_backward"):
         weight, u, _, extra, stride = call.arguments[4:9]
         kernel, filters = weight.shape[2:], weight.shape[0]
+    elif name == "residual_conv_backward":
+        weight, u, _, stride = call.arguments[5:9]
+        kernel, filters, extra = weight.shape[2:], weight.shape[0], call.arguments[0]
     elif name == "preact_conv_wgrad":
         u, _, kernel, stride = call.arguments[4:8]
         filters, extra = call.results[0].shape[0], None

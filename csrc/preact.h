@@ -37,12 +37,15 @@ struct Weight {
 
 // The gradient dy of a convolution's output. With `output`, grad is the g of the BatchNorm that
 // reads it, whose backward pass is finished on load:
-//   dy = scale * g - scale * rstd * S2 / M * (output - mean) - scale * S1 / M
+//   dy = residual + scale * g - scale * rstd * S2 / M * (output - mean) - scale * S1 / M
+// Of a residual sum others read dy as well: it is written, if not null.
 struct OutputGrad {
-  const void* grad;    // [N, P, Q, K]
-  const void* output;  // [N, P, Q, K] or null: dy = grad
-  const void* affine;  // [4, K]
-  const void* sums;    // [2, K]
+  const void* grad;                // [N, P, Q, K]
+  const void* output;              // [N, P, Q, K] or null: dy = grad
+  const void* affine;              // [4, K]
+  const void* sums;                // [2, K]
+  const void* residual = nullptr;  // [N, P, Q, K] or null; null without dy
+  void* dy = nullptr;              // [N, P, Q, K]; null for all but preact_conv_backward
 };
 
 // C[m, n] (+)= A[m, k] B[k, n], all row-major, leading dimensions in elements.

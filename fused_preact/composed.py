@@ -163,6 +163,30 @@ class Composed:
         )
         return g, sums, _channels_last(dw)
 
+    def residual_conv_backward(
+        self,
+        residual: Tensor | None,
+        grad: Tensor,
+        output: Tensor,
+        output_affine: Tensor,
+        output_sums: Tensor,
+        weight: Tensor,
+        input: Tensor,
+        affine: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        activation: str,
+        allow_tf32: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dy = self.kernels.residual_grad(residual, grad, output, output_affine, output_sums)
+        conv = stride, padding, dilation, groups, activation
+        gradients = self.preact_conv_backward(
+            dy, None, None, None, weight, input, affine, None, *conv, True, allow_tf32
+        )
+        return dy, *gradients
+
     def _input_grad(
         self,
         dh: Tensor,

@@ -100,6 +100,16 @@ def preact_conv_backward(grad, output, output_affine, output_sums, weight, input
     return g, sums, _activations(input, weight.shape).to(reference.accumulator(input.dtype))
 
 
+def residual_conv_backward(
+    residual, grad, output, output_affine, output_sums, weight, input, affine, *rest
+):
+    gradients = preact_conv_backward(
+        *(grad, output, output_affine, output_sums, weight, input, affine, None),
+        *(*rest[:5], True),
+    )
+    return _activations(input, grad.shape), *gradients
+
+
 def residual_grad(grad, g, input, affine, sums):
     return _activations(input, input.shape)
 

@@ -43,6 +43,7 @@ LAYER_OPERATORS = (
     "preact_conv_dgrad",
     "preact_conv_wgrad",
     "preact_conv_backward",
+    "residual_conv_backward",
     "residual_grad",
 )
 

@@ -244,6 +244,35 @@ def preact_conv_backward(
     return g, sums, dw
 
 
+def residual_conv_backward(
+    residual: Tensor | None,
+    grad: Tensor,
+    output: Tensor,
+    output_affine: Tensor,
+    output_sums: Tensor,
+    weight: Tensor,
+    input: Tensor,
+    affine: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy = residual_grad(residual, grad, output, ...), then g, sums and dW as of that dy.
+
+    Of the last convolution of a residual unit: output is the sum, grad the g of the BatchNorm that
+    reads it, residual what its shortcut gets. For a backend that multiplies dy as it is made.
+    """
+    dy = residual_grad(residual, grad, output, output_affine, output_sums)
+    conv = stride, padding, dilation, groups, activation
+    gradients = preact_conv_backward(
+        dy, None, None, None, weight, input, affine, None, *conv, True, allow_tf32
+    )
+    return dy, *gradients
+
+
 def residual_grad(
     grad: Tensor | None, g: Tensor, input: Tensor, affine: Tensor, sums: Tensor
 ) -> Tensor:

@@ -132,8 +132,11 @@ class Chain(NamedTuple):
         by_conv = [None] * (len(weights) - len(affines)) + list(affines)
         dweights, sums = [grad.new_empty(0) for _ in weights], [grad.new_empty(0) for _ in weights]
         dprojections = [grad.new_empty(0) for _ in projections]
+        # grad, output, output_affine, output_sums; and what joins a unit's output
+        deferred: tuple[Tensor | None, ...] = (grad, None, None, None)
+        joins: Tensor | None = None
         for j, unit in reversed(list(enumerate(_units(depths, projections)))):
-            first, projection = unit.first, projections[j]
+            first, last, projection = unit.first, unit.end - 1, projections[j]
             input, affine = inputs[first], by_conv[first]
             needs_before = (
                 needs_input
@@ -143,13 +146,10 @@ class Chain(NamedTuple):
             )
             # the shortcut's gradient joins at h, before the activation's slope, or at the input
             joins_h = shortcuts[j] == "preact" or affine is None
-            to_shortcut = None
-            if shortcuts[j] != "none" and (needs_before or (joins_h and needs_sums[first])):
-                to_shortcut = self._shortcut_grad(
-                    grad, input, projection, unit, geometries, allow_tf32
-                )
-            # grad, output, output_affine, output_sums
-            deferred: tuple[Tensor | None, ...] = (grad, None, None, None)
+            on_the_way = last > first and needs_before and needs_weights[last] and batch_stats[last]
+            if not on_the_way:
+                deferred, joins = self._end_backward_pass(joins, deferred), None
+            dy, to_shortcut = deferred[0], None
             for k in reversed(range(first, unit.end)):
                 conv, geometry = self._conv(unit.at(k)), _geometry(geometries, unit.at(k))
                 if not (
@@ -166,32 +166,47 @@ class Chain(NamedTuple):
                             allow_tf32,
                         )
                     break
-                joins = to_shortcut if k == first else None
+                if k == first and shortcuts[j] != "none" and (needs_before or joins_h):
+                    to_shortcut = self._shortcut_grad(
+                        dy, input, projection, unit, geometries, allow_tf32
+                    )
                 frozen = by_conv[k] is not None and not batch_stats[k]
-                both = needs_weights[k]
-                gradients = conv.preact_conv_backward if both else conv.preact_conv_dgrad
-                g, sums[k], *dweight = gradients(
-                    *deferred,
-                    weights[k],
-                    inputs[k],
-                    by_conv[k],
-                    joins if joins_h else None,
-                    *geometry,
-                    activation,
-                    batch_stats[k] or needs_sums[k],
-                    allow_tf32,
-                    frozen,
-                    joins if frozen and not joins_h else None,
-                )
-                if both:
-                    dweights[k] = dweight[0]
+                if k == last and deferred[1] is not None:
+                    dy, g, sums[k], dweights[k] = conv.residual_conv_backward(
+                        joins,
+                        *deferred,
+                        weights[k],
+                        inputs[k],
+                        by_conv[k],
+                        *geometry,
+                        activation,
+                        allow_tf32,
+                    )
+                else:
+                    both = needs_weights[k]
+                    gradients = conv.preact_conv_backward if both else conv.preact_conv_dgrad
+                    g, sums[k], *dweight = gradients(
+                        *deferred,
+                        weights[k],
+                        inputs[k],
+                        by_conv[k],
+                        to_shortcut if joins_h else None,
+                        *geometry,
+                        activation,
+                        batch_stats[k] or needs_sums[k],
+                        allow_tf32,
+                        frozen,
+                        to_shortcut if frozen and not joins_h else None,
+                    )
+                    if both:
+                        dweights[k] = dweight[0]
                 # with frozen statistics, or without any, g is the gradient of inputs[k] itself
                 deferred = g, None, None, None
                 if batch_stats[k]:
                     deferred = g, inputs[k], by_conv[k], sums[k]
             if needs_projections[j] and projection is not None:
                 dprojections[j] = self._conv(unit.at_projection).preact_conv_wgrad(
-                    grad,
+                    dy,
                     None,
                     None,
                     None,
@@ -204,10 +219,14 @@ class Chain(NamedTuple):
                 )
             if not needs_before:
                 return grad.new_empty(0), dweights, sums, dprojections
-            grad = g
-            if batch_stats[first]:
-                grad = self.operators.residual_grad(None if joins_h else to_shortcut, *deferred)
-        return grad, dweights, sums, dprojections
+            joins = None if joins_h or deferred[1] is None else to_shortcut
+        return self._end_backward_pass(joins, deferred)[0], dweights, sums, dprojections
+
+    def _end_backward_pass(self, joins, deferred):
+        """deferred as the gradient that it stands for, with joins in it."""
+        if deferred[1] is None:
+            return deferred
+        return self.operators.residual_grad(joins, *deferred), None, None, None
 
     def _conv(self, at: int) -> Any:
         return self.convs[at] if self.convs else self.operators

@@ -34,13 +34,15 @@ inline bool rows_join(int64_t window_width, int64_t width, int64_t multiplicatio
 template <typename O>
 constexpr bool kAddsToZeros = kPairs<O>;
 
-// A 1x1 convolution that moves no pixel works on [pixels, C], whatever the images.
+// A 1x1 convolution that moves no pixel.
+inline bool is_pointwise(const ConvShape& shape) {
+  return shape.kernel_height == 1 && shape.kernel_width == 1 && shape.stride_height == 1 &&
+         shape.stride_width == 1 && shape.input.height == shape.output.height &&
+         shape.input.width == shape.output.width && shape.pad_top == 0 && shape.pad_left == 0;
+}
+// It works on [pixels, C], whatever the images.
 inline ConvShape flattened(ConvShape shape) {
-  const bool pointwise =
-      shape.kernel_height == 1 && shape.kernel_width == 1 && shape.stride_height == 1 &&
-      shape.stride_width == 1 && shape.input.height == shape.output.height &&
-      shape.input.width == shape.output.width && shape.pad_top == 0 && shape.pad_left == 0;
-  if (pointwise) {
+  if (is_pointwise(shape)) {
     shape.input = {1, shape.input.pixels(), 1, shape.input.channels};
     shape.output = {1, shape.output.pixels(), 1, shape.output.channels};
   }
@@ -226,7 +228,10 @@ template <typename S>
 class OutputGradient {
  public:
   OutputGradient(const OutputGrad& grad, const ImageShape& shape)
-      : channels_(shape.channels), g_(static_cast<const S*>(grad.grad)) {
+      : channels_(shape.channels),
+        g_(static_cast<const S*>(grad.grad)),
+        residual_(static_cast<const S*>(grad.residual)),
+        dy_(static_cast<S*>(grad.dy)) {
     if (!grad.output) return;
     output_ = static_cast<const S*>(grad.output);
     coefficients_.resize(4 * channels_);
@@ -234,21 +239,37 @@ class OutputGradient {
                       channels_, shape.pixels(), coefficients_.data());
   }
 
-  // dy where it lies, or null if something is still to be done to it.
-  const S* plain() const { return output_ ? nullptr : g_; }
-
-  // Pixels [first, first + count) as they are multiplied.
+  // Pixels [first, first + count) as they are multiplied, where they lie or in `loaded`. Those of a
+  // residual sum are written, and have to be asked for once each.
   template <typename O>
-  void load(int64_t first, int64_t count, O* dy) const {
+  const O* rows(int64_t first, int64_t count, O* loaded) const {
+    const int64_t offset = first * channels_;
+    if (dy_)
+      residual_grad_rows(residual_ ? residual_ + offset : nullptr, g_ + offset, output_ + offset,
+                         count, channels_, coefficients_.data(), dy_ + offset);
+    const S* const as_it_lies = dy_ ? dy_ : output_ ? nullptr : g_;
+    if constexpr (std::is_same_v<S, O>)
+      if (as_it_lies) return as_it_lies + offset;
+    if (dy_)
+      output_grad_rows(dy_ + offset, nullptr, count, channels_, nullptr, loaded);
+    else
+      load(first, count, loaded);
+    return loaded;
+  }
+
+  // The same, not of a residual sum, into `loaded`.
+  template <typename O>
+  void load(int64_t first, int64_t count, O* loaded) const {
     const int64_t offset = first * channels_;
     output_grad_rows(g_ + offset, output_ ? output_ + offset : nullptr, count, channels_,
-                     coefficients_.data(), dy);
+                     coefficients_.data(), loaded);
   }
 
  private:
   using A = Accumulator<S>;
   int64_t channels_;
-  const S *g_, *output_ = nullptr;
+  const S *g_, *output_ = nullptr, *residual_;
+  S* dy_;
   std::vector<A> coefficients_;
 };
 

@@ -63,11 +63,7 @@ class InputGradient {
     const int64_t begin_q = std::clamp<int64_t>(-first_q(), 0, width);
     const int64_t end_q = std::clamp<int64_t>(q - first_q(), begin_q, width);
     if (begin_q == 0 && end_q == width && width == q && first >= 0 && last < p) {
-      const int64_t pixel = (image * p + first) * q;
-      if constexpr (std::is_same_v<S, O>)
-        if (grad.plain()) return grad.plain() + pixel * k_;
-      grad.load(pixel, (last - first + 1) * q, loaded);
-      return loaded;
+      return grad.rows((image * p + first) * q, (last - first + 1) * q, loaded);
     }
     for (int64_t y = first; y <= last; ++y) {
       O* const row = loaded + (y - first) * width * k_;

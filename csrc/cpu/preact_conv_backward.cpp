@@ -1,9 +1,12 @@
 // preact_conv_backward: g and its sums as preact_conv_dgrad has them, dW as preact_conv_wgrad, bit
 //   for bit.
 // Reads g', u' [M', K] and u, addend, residual [M, C]; writes g [M, C] and dW; FLOPs 4*M'*K*C*R*S.
+// Of a residual sum it reads the gradient of its shortcut as well, and writes dy [M', K].
 //
 // Where the convolution keeps the size, both gradients go over the same bands: dy is loaded once,
-// and u is still in cache when g is computed.
+// and u is still in cache when g is computed. Bands of a 1x1 share no pixel, so that a residual
+// sum's dy is made there; else residual_grad makes it before.
+#include "../residual_sum.h"
 #include "input_gradient.h"
 #include "weight_gradient.h"
 
@@ -44,7 +47,10 @@ void preact_conv_backward(const Runtime& runtime, const PreactConvDgrad& dgrad,
   // dgrad's products are as deep as there are filters, wgrad's as there are pixels.
   const bool same_operands =
       dgrad.dtype != Dtype::kBFloat16 || dgrad.shape.output.channels % 2 == 0;
-  if (!keeps_size(dgrad.shape) || !same_operands) {
+  const bool together = keeps_size(dgrad.shape) && same_operands;
+  if (dgrad.grad.dy && !(together && is_pointwise(dgrad.shape)))
+    return backward_after_residual_grad(runtime, dgrad, wgrad);
+  if (!together) {
     preact_conv_wgrad(runtime, wgrad);
     preact_conv_dgrad(runtime, dgrad);
     return;

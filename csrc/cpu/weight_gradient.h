@@ -49,12 +49,7 @@ class WeightGradient {
   const O* load_grad(const OutputGradient<S>& grad, int64_t band, O* loaded) const {
     const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
     const int64_t pixel = (bands.image(band) * op_.shape.output.height + first) * q_;
-    if (pitch_ == q_) {
-      if constexpr (std::is_same_v<S, O>)
-        if (grad.plain()) return grad.plain() + pixel * k_;
-      grad.load(pixel, rows * q_, loaded);
-      return loaded;
-    }
+    if (pitch_ == q_) return grad.rows(pixel, rows * q_, loaded);
     for (int64_t row = 0; row < rows; ++row) {
       O* const out = loaded + row * pitch_ * k_;
       grad.load(pixel + row * q_, q_, out);

@@ -5,11 +5,14 @@
 // stay in registers: K <= 64 and C <= 256, or K <= 256 and C <= 64.
 // Reads g', u' [M, K] once for each 128 input channels, or 32 (from the cache after the first), u,
 // addend [M, C], the weights; writes g [M, C] and `splits` partial results of K*C floats. FLOPs
-// 4*M*K*C.
-// All others run wgrad and dgrad one after the other: each reads g', u' and u for itself.
+// 4*M*K*C. Of a residual sum it reads the gradient of its shortcut [M, K] as it does g', and writes
+// dy [M, K].
+// All others run wgrad and dgrad one after the other: each reads g', u' and u for itself. Before
+// them residual_grad makes a residual sum's dy.
 //
 // A block has the gradients of up to 128 input channels for every splits-th tile of 32 pixels. In
 // shared memory lie its weights and, of some tiles at the same time, dy, u and h.
+#include "../residual_sum.h"
 #include "conv.cuh"
 
 namespace preact {
@@ -40,7 +43,14 @@ struct BackwardTiling {
   int input_span, output_span;    // channels of a warp of dW
   int grad_span;                  // input channels of a warp of g
   int stages;                     // tiles that are copied or multiplied at the same time
-  int64_t input_bn, output_bn, weights, activated, result, inputs, grads, second, total;
+  int64_t input_bn, output_bn, weights, activated, result, inputs, grads, second, third, total;
+};
+
+// Where dy is that of a residual sum.
+template <typename T>
+struct ResidualSum {
+  const T* residual;  // [M, K] or null
+  T* dy;              // [M, K] or null
 };
 
 // How the threads of a block share rows of channels: each has a column of pieces, and every step-th
@@ -105,8 +115,9 @@ constexpr int blocks_of(Activation activation) { return activation == Activation
 
 template <typename T, Activation kActivation, class Tile>
 __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_backward_kernel(
-    const BackwardTiling tiling, const Gradient<T> grad, const Channels input_channels,
-    const T* input, const float* affine, const Weight weight, const T* addend, T* g,
+    const BackwardTiling tiling, const Gradient<T> grad, const ResidualSum<T> sum,
+    const Channels input_channels, const T* input, const float* affine, const Weight weight,
+    const T* addend, T* g,
     float* partial,  // [splits, K, C]
     const ReductionMemory memory,
     float* sums) {  // [2, C] or null
@@ -134,6 +145,9 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
   const auto second_at = [&](int slot) {
     return reinterpret_cast<T*>(shared + tiling.second) + slot * kPixels * output_pitch;
   };
+  const auto third_at = [&](int slot) {
+    return reinterpret_cast<T*>(shared + tiling.third) + slot * kPixels * output_pitch;
+  };
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const Rows input_rows(inputs), output_rows(outputs);
@@ -152,11 +166,12 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
     if (tile < tiles) {
       const int64_t first = first_pixel(tile);
       const int pixels = pixels_of(tile);
-      fetch_rows(output_rows, grad.first + first * outputs, outputs, pixels, output_pitch,
-                 grad_at(slot));
-      if (deferred)
-        fetch_rows(output_rows, grad.output + first * outputs, outputs, pixels, output_pitch,
-                   second_at(second));
+      const auto fetch_outputs = [&](const T* from, T* to) {
+        fetch_rows(output_rows, from + first * outputs, outputs, pixels, output_pitch, to);
+      };
+      fetch_outputs(grad.first, grad_at(slot));
+      if (deferred) fetch_outputs(grad.output, second_at(second));
+      if (sum.residual) fetch_outputs(sum.residual, third_at(second));
       fetch_rows(input_rows, input + first * c + first_channel, c, pixels, input_pitch,
                  input_at(slot));
     }
@@ -207,16 +222,25 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
     T* const h = activated_at(tile);
     copies_wait(tiling.stages - 2);
     if (deferred) {
-      const BnGrad bn = read_bn_grad(output_bn, outputs, output_rows.column);
 #pragma unroll 1
       for (int row = output_rows.first; row < pixels; row += output_rows.step) {
+        // read for each row: kept over them, its registers would be spilled
+        const BnGrad bn = read_bn_grad(output_bn, outputs, output_rows.column);
         const int at = row * output_pitch + output_rows.column;
-        Piece v, of_output;
+        Piece v, other;
         read_piece(dy + at, v);
-        read_piece(second_at(second) + at, of_output);
+        read_piece(second_at(second) + at, other);
 #pragma unroll
-        for (int j = 0; j < kPiece; ++j) v[j] = bn.du(j, v[j], of_output[j]);
+        for (int j = 0; j < kPiece; ++j) v[j] = bn.du(j, v[j], other[j]);
+        if (sum.residual) {
+          read_piece(third_at(second) + at, other);
+#pragma unroll
+          for (int j = 0; j < kPiece; ++j) v[j] += other[j];
+        }
         write_piece(dy + at, v);
+        if (sum.dy && blockIdx.y == 0)
+          store_piece(sum.dy + (first_pixel(tile) + row) * outputs + output_rows.column, kPiece,
+                      true, v);
       }
     }
     {
@@ -317,42 +341,49 @@ int span(int64_t channels, int warps) {
   return static_cast<int>(ceil_div(channels, 16 * warps) * 16);
 }
 
+// Where a block's things lie, for so many stages.
+template <class Tile>
+BackwardTiling lay_out(const PreactConvDgrad& op, int stages) {
+  const int64_t c = op.shape.input.channels, k = op.shape.output.channels;
+  const int64_t inputs = std::min<int64_t>(c, Tile::kInputs);
+  constexpr int64_t kBytes = sizeof(bf16), kFloat = sizeof(float);
+  BackwardTiling t{};
+  t.pixels = op.shape.input.pixels();
+  t.input_pitch = pitch<bf16>(static_cast<int>(inputs), true);
+  t.output_pitch = pitch<bf16>(static_cast<int>(k), true);
+  t.input_span = span(inputs, Tile::kWarpsDown);
+  t.output_span = span(k, kWarps / Tile::kWarpsDown);
+  t.grad_span = span(inputs, 2);
+  t.stages = stages;
+  const int64_t input_bytes = kPixels * t.input_pitch * kBytes;
+  const int64_t output_bytes = kPixels * t.output_pitch * kBytes;
+  t.output_bn = t.input_bn + 3 * inputs * kFloat;
+  t.weights = t.output_bn + (op.grad.output ? 4 * k * kFloat : 0);
+  t.activated = t.weights + ceil_div(k, kPixels) * input_bytes;
+  t.result = t.activated + 2 * input_bytes;
+  t.inputs = t.result + kWarps * kStageRows * Tile::kResultPitch * kFloat;
+  t.grads = t.inputs + stages * input_bytes;
+  t.second = t.grads + stages * output_bytes;
+  t.third = t.second + (op.grad.output ? stages - 1 : 0) * output_bytes;
+  const int rows = 2 * (32 / (t.grad_span / kPiece));
+  // The reduction comes when nobody needs the tiles any more.
+  t.total =
+      std::max(t.third + (op.grad.residual ? stages - 1 : 0) * output_bytes,
+               t.inputs + reduce_floats(Sums::kValues, rows, 2 * t.grad_span, kThreads) * kFloat);
+  return t;
+}
+
 template <typename T, Activation kActivation, class Tile>
 void run(const CudaRuntime& runtime, const PreactConvDgrad& op, void* dweight) {
   const int64_t pixels = op.shape.input.pixels();
   const int64_t c = op.shape.input.channels, k = op.shape.output.channels;
-  const int64_t inputs = std::min<int64_t>(c, Tile::kInputs), groups = ceil_div(c, Tile::kInputs);
+  const int64_t groups = ceil_div(c, Tile::kInputs);
   constexpr int64_t kBytes = sizeof(T), kFloat = sizeof(float);
-  BackwardTiling tiling{};
-  tiling.pixels = pixels;
-  tiling.input_pitch = pitch<T>(static_cast<int>(inputs), true);
-  tiling.output_pitch = pitch<T>(static_cast<int>(k), true);
-  tiling.input_span = span(inputs, Tile::kWarpsDown);
-  tiling.output_span = span(k, kWarps / Tile::kWarpsDown);
-  tiling.grad_span = span(inputs, 2);
-  const int64_t input_bytes = kPixels * tiling.input_pitch * kBytes;
-  const int64_t output_bytes = kPixels * tiling.output_pitch * kBytes;
-  const auto lay_out = [&](int stages) {
-    BackwardTiling t = tiling;
-    t.stages = stages;
-    t.output_bn = t.input_bn + 3 * inputs * kFloat;
-    t.weights = t.output_bn + (op.grad.output ? 4 * k * kFloat : 0);
-    t.activated = t.weights + ceil_div(k, kPixels) * input_bytes;
-    t.result = t.activated + 2 * input_bytes;
-    t.inputs = t.result + kWarps * kStageRows * Tile::kResultPitch * kFloat;
-    t.grads = t.inputs + stages * input_bytes;
-    t.second = t.grads + stages * output_bytes;
-    const int rows = 2 * (32 / (tiling.grad_span / kPiece));
-    // The reduction comes when nobody needs the tiles any more.
-    t.total = std::max(
-        t.second + (op.grad.output ? stages - 1 : 0) * output_bytes,
-        t.inputs + reduce_floats(Sums::kValues, rows, 2 * tiling.grad_span, kThreads) * kFloat);
-    return t;
-  };
   const auto kernel = preact_conv_backward_kernel<T, kActivation, Tile>;
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
-  tiling = lay_out(choose_stages(runtime, kernel, kThreads, kAny,
-                                 [&](int stages) { return lay_out(stages).total; }));
+  const BackwardTiling tiling =
+      lay_out<Tile>(op, choose_stages(runtime, kernel, kThreads, kAny,
+                                      [&](int stages) { return lay_out<Tile>(op, stages).total; }));
 
   const int64_t resident = resident_blocks(kernel, kThreads, tiling.total, runtime.device) *
                            multiprocessors(runtime.device);
@@ -364,17 +395,26 @@ void run(const CudaRuntime& runtime, const PreactConvDgrad& op, void* dweight) {
       static_cast<float*>(runtime.allocate_partial(splits * k * c * kFloat, runtime.context));
   ReductionMemory memory;
   if (op.sums) memory = {runtime, Sums::kValues, splits, c, groups};
+  const ResidualSum<T> sum{static_cast<const T*>(op.grad.residual), static_cast<T*>(op.grad.dy)};
   launch("preact_conv_backward", kernel,
          {static_cast<unsigned>(splits), static_cast<unsigned>(groups)}, kThreads, tiling.total,
-         runtime.device, runtime.stream, tiling, Gradient<T>(op.grad, op.shape.output),
+         runtime.device, runtime.stream, tiling, Gradient<T>(op.grad, op.shape.output), sum,
          channels_of(c, {}), static_cast<const T*>(op.input), static_cast<const float*>(op.affine),
          op.weight, static_cast<const T*>(op.addend), static_cast<T*>(op.g), partial, memory,
          static_cast<float*>(op.sums));
   runtime.sum_partial({partial, static_cast<float*>(dweight), splits, 1, k, c}, runtime.context);
 }
 
-// Whether the kernel has such a convolution, and all that it reads and writes are vectors.
-bool in_one_kernel(const PreactConvDgrad& op) {
+// Calls f<Tile>() with the tile of a convolution.
+template <typename F>
+auto dispatch_tile(const PreactConvDgrad& op, const F& f) {
+  if (op.shape.output.channels <= InputsTile::kOutputs) return f.template operator()<InputsTile>();
+  return f.template operator()<OutputsTile>();
+}
+
+// Whether the kernel has such a convolution, all that it reads and writes are vectors, and the
+// device has as much shared memory.
+bool in_one_kernel(const CudaRuntime& runtime, const PreactConvDgrad& op) {
   const int64_t c = op.shape.input.channels, k = op.shape.output.channels;
   const auto fits = [&](int64_t most_outputs, int64_t most_inputs) {
     return k <= most_outputs && c <= most_inputs;
@@ -384,17 +424,16 @@ bool in_one_kernel(const PreactConvDgrad& op) {
   return two_bytes && is_pointwise(op.shape) && op.affine && !op.frozen && c % 16 == 0 &&
          k % 16 == 0 && (fits(InputsTile::kOutputs, 256) || fits(OutputsTile::kOutputs, 64)) &&
          channels_of(c, {op.input, op.affine, op.addend, op.g}).vectors &&
-         channels_of(k, {dy.grad, dy.output, dy.affine, dy.sums}).vectors &&
-         weight_channels(op.weight, c).vectors;
+         channels_of(k, {dy.grad, dy.output, dy.affine, dy.sums, dy.residual, dy.dy}).vectors &&
+         weight_channels(op.weight, c).vectors &&
+         dispatch_tile(op, [&]<class Tile>() { return lay_out<Tile>(op, 2).total; }) <=
+             most_shared_bytes(runtime.device);
 }
 
 template <typename T>
 void run_activation(const CudaRuntime& runtime, const PreactConvDgrad& op, void* dweight) {
   dispatch_activation<T>(op.activation, [&]<typename U, Activation kActivation>() {
-    if (op.shape.output.channels <= InputsTile::kOutputs)
-      run<U, kActivation, InputsTile>(runtime, op, dweight);
-    else
-      run<U, kActivation, OutputsTile>(runtime, op, dweight);
+    dispatch_tile(op, [&]<class Tile>() { run<U, kActivation, Tile>(runtime, op, dweight); });
   });
 }
 
@@ -403,7 +442,9 @@ void run_activation(const CudaRuntime& runtime, const PreactConvDgrad& op, void*
 
 void preact_conv_backward(const CudaRuntime& runtime, const PreactConvDgrad& dgrad,
                           const PreactConvWgrad& wgrad) {
-  if (!cuda::in_one_kernel(dgrad)) {
+  const bool together = cuda::in_one_kernel(runtime, dgrad);
+  if (dgrad.grad.dy && !together) return backward_after_residual_grad(runtime, dgrad, wgrad);
+  if (!together) {
     preact_conv_wgrad(runtime, wgrad);
     preact_conv_dgrad(runtime, dgrad);
   } else if (dgrad.dtype == Dtype::kBFloat16) {

@@ -195,23 +195,26 @@ inline Weight weight_of(const Tensor& weight, const Tensor& input, int64_t chann
 // The checked tensors behind an OutputGrad.
 struct OutputGradTensors {
   Tensor grad;
-  OptionalTensor output, affine, sums;
+  OptionalTensor output, affine, sums, joins;
 
   OutputGradTensors(const Tensor& grad, const OptionalTensor& output,
                     const OptionalTensor& output_affine, const OptionalTensor& output_sums,
-                    const Tensor& input, const ImageShape& shape)
+                    const OptionalTensor& residual, const Tensor& input, const ImageShape& shape)
       : grad(activation("grad", grad, input, shape)),
         output(optional(activation, "output", output, input, shape)),
         affine(
             optional(vectors, "output_affine", output_affine, input, int64_t{4}, shape.channels)),
-        sums(optional(vectors, "output_sums", output_sums, input, int64_t{2}, shape.channels)) {
+        sums(optional(vectors, "output_sums", output_sums, input, int64_t{2}, shape.channels)),
+        joins(optional(activation, "residual", residual, input, shape)) {
     check(output.has_value() == output_affine.has_value(),
           "output_affine: expected a tensor where output is given, and only there");
     check(output.has_value() == output_sums.has_value(),
           "output_sums: expected a tensor where output is given, and only there");
   }
 
-  OutputGrad get() const { return {data(grad), data(output), data(affine), data(sums)}; }
+  OutputGrad get() const {
+    return {data(grad), data(output), data(affine), data(sums), data(joins)};
+  }
 };
 
 // --- results ------------------------------------------------------------------------------------

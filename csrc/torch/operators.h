@@ -43,13 +43,14 @@ struct DgradTensors {
                const Tensor& weight, const Tensor& input, const OptionalTensor& affine,
                const OptionalTensor& addend, const Sizes& stride, const Sizes& padding,
                const Sizes& dilation, int64_t groups, const std::string& activation_name,
-               bool with_sums, bool allow_tf32, bool frozen, const OptionalTensor& residual)
+               bool with_sums, bool allow_tf32, bool frozen, const OptionalTensor& residual,
+               const OptionalTensor& output_residual = std::nullopt)
       : dtype(dtype_of<Device>(input)),
         w(weight_of(weight, input, image_shape(input).channels)),
         shape(conv_shape(input, weight.size(0), {weight.size(2), weight.size(3)}, stride, padding,
                          dilation, groups)),
         act(activation_of(activation_name)),
-        dy(grad, output, output_affine, output_sums, input, shape.output),
+        dy(grad, output, output_affine, output_sums, output_residual, input, shape.output),
         u(activation("input", input, input, shape.input)),
         a(optional(vectors, "affine", affine, input, int64_t{4}, shape.input.channels)),
         added(optional(activation, "addend", addend, input, shape.input)),
@@ -229,7 +230,8 @@ struct Operators {
     const ConvShape shape =
         conv_shape(input, grad.size(1), kernel_size, stride, padding, dilation, groups);
     const Activation act = activation_of(activation_name);
-    const OutputGradTensors dy(grad, output, output_affine, output_sums, input, shape.output);
+    const OutputGradTensors dy(grad, output, output_affine, output_sums, std::nullopt, input,
+                               shape.output);
     const Tensor u = activation("input", input, input, shape.input);
     const OptionalTensor a =
         optional(vectors, "affine", affine, input, int64_t{4}, shape.input.channels);
@@ -250,13 +252,36 @@ struct Operators {
     const DgradTensors<Device> dgrad(grad, output, output_affine, output_sums, weight, input,
                                      affine, addend, stride, padding, dilation, groups,
                                      activation_name, with_sums, allow_tf32, frozen, residual);
-    const PreactConvDgrad op = dgrad.get();
-    const Tensor dweight = new_weight_grad(input, sizes_of(weight));
-    Device device(input);
-    preact::preact_conv_backward(device.runtime(), op,
-                                 {op.dtype, op.shape, op.activation, op.grad, op.input, op.affine,
-                                  mutable_data(dweight), op.allow_tf32});
+    const Tensor dweight = conv_backward(dgrad.get(), weight, input);
     return {dgrad.g, dgrad.sums, dweight};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_conv_backward(
+      const OptionalTensor& residual, const Tensor& grad, const Tensor& output,
+      const Tensor& output_affine, const Tensor& output_sums, const Tensor& weight,
+      const Tensor& input, const Tensor& affine, Sizes stride, Sizes padding, Sizes dilation,
+      int64_t groups, std::string activation_name, bool allow_tf32) {
+    return residual_conv_backward_into(std::nullopt, residual, grad, output, output_affine,
+                                       output_sums, weight, input, affine, stride, padding,
+                                       dilation, groups, activation_name, allow_tf32);
+  }
+
+  // With dy in new memory, or in `to`, which may be grad where Device::kResidualGradInPlace.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_conv_backward_into(
+      const OptionalTensor& to, const OptionalTensor& residual, const Tensor& grad,
+      const Tensor& output, const Tensor& output_affine, const Tensor& output_sums,
+      const Tensor& weight, const Tensor& input, const Tensor& affine, const Sizes& stride,
+      const Sizes& padding, const Sizes& dilation, int64_t groups,
+      const std::string& activation_name, bool allow_tf32) {
+    const DgradTensors<Device> dgrad(grad, output, output_affine, output_sums, weight, input,
+                                     affine, std::nullopt, stride, padding, dilation, groups,
+                                     activation_name, true, allow_tf32, false, std::nullopt,
+                                     residual);
+    const Tensor dy = to ? *to : new_activation(input, dgrad.shape.output);
+    PreactConvDgrad op = dgrad.get();
+    op.grad.dy = mutable_data(dy);
+    const Tensor dweight = conv_backward(op, weight, input);
+    return {dy, dgrad.g, dgrad.sums, dweight};
   }
 
   static Tensor residual_grad(const OptionalTensor& grad, const Tensor& g, const Tensor& input,
@@ -280,6 +305,18 @@ struct Operators {
     preact::residual_grad(device.runtime(), dtype, shape, data(dy), data(g_), data(u), data(a),
                           data(s), mutable_data(dinput));
     return dinput;
+  }
+
+ private:
+  // Returns dW.
+  static Tensor conv_backward(const PreactConvDgrad& op, const Tensor& weight,
+                              const Tensor& input) {
+    const Tensor dweight = new_weight_grad(input, sizes_of(weight));
+    Device device(input);
+    preact::preact_conv_backward(device.runtime(), op,
+                                 {op.dtype, op.shape, op.activation, op.grad, op.input, op.affine,
+                                  mutable_data(dweight), op.allow_tf32});
+    return dweight;
   }
 };
 
@@ -316,6 +353,11 @@ void define_operators(Library& m) {
       "bool allow_tf32=False, bool frozen=False, Tensor? residual=None) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
+      "residual_conv_backward(Tensor? residual, Tensor grad, Tensor output, Tensor output_affine, "
+      "Tensor output_sums, Tensor weight, Tensor input, Tensor affine, int[] stride, "
+      "int[] padding, int[] dilation, int groups, str activation, bool allow_tf32=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "residual_grad(Tensor? grad, Tensor g, Tensor input, Tensor affine, Tensor sums) -> Tensor");
 }
 
@@ -331,6 +373,7 @@ void implement_operators(Library& m) {
   m.impl("preact_conv_dgrad", TORCH_BOX(&Operators<Device>::preact_conv_dgrad));
   m.impl("preact_conv_wgrad", TORCH_BOX(&Operators<Device>::preact_conv_wgrad));
   m.impl("preact_conv_backward", TORCH_BOX(&Operators<Device>::preact_conv_backward));
+  m.impl("residual_conv_backward", TORCH_BOX(&Operators<Device>::residual_conv_backward));
   m.impl("residual_grad", TORCH_BOX(&Operators<Device>::residual_grad));
 }
 

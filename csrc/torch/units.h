@@ -163,21 +163,30 @@ struct UnitOperators {
 
     Tensors dweights = nothings(grad, n), sums = nothings(grad, n);
     Tensors dprojections = nothings(grad, all.units.size());
-    Tensor dy = grad;
+    Tensor g = grad;
+    // Where there is an output, g is of the BatchNorm that reads it, whose backward pass ends when
+    // the next operator loads g; of a unit's output with the shortcut's gradient.
+    OptionalTensor output, output_affine, output_sums, joins;
+    const auto end_backward_pass = [&] {
+      if (!output) return;
+      const Tensor to = Device::kResidualGradInPlace ? g : new_activation(g, image_shape(g));
+      g = Layer::residual_grad_into(to, joins, g, *output, *output_affine, *output_sums);
+      output = output_affine = output_sums = joins = std::nullopt;
+    };
     for (size_t j = all.units.size(); j-- > 0;) {
       const UnitLayers& unit = all.units[j];
-      const size_t first = unit.first;
+      const size_t first = unit.first, last = unit.end - 1;
       const OptionalTensor& affine = by_conv[first];
       const bool needs_before = needs_input || any(needs_weights, 0, first) ||
                                 any(needs_sums, 0, first) || any(needs_projections, 0, j);
       // the shortcut's gradient joins at h, before the activation's slope, or at the input
       const bool joins_h = shortcuts[j] == "preact" || !affine;
-      OptionalTensor to_shortcut;
-      if (shortcuts[j] != "none" && (needs_before || (joins_h && needs_sums[first])))
-        to_shortcut = shortcut_grad(all, j, dy, inputs[first]);
+      const bool on_the_way =
+          last > first && needs_before && needs_weights[last] && batch_stats[last];
+      if (!on_the_way) end_backward_pass();
 
-      Tensor g = dy;
-      OptionalTensor output, output_affine, output_sums;
+      Tensor dy = g;
+      OptionalTensor to_shortcut;
       for (size_t k = unit.end; k-- > first;) {
         const auto [stride, padding, dilation, groups] = all.geometry(unit, k);
         if (!needs_before && !any(needs_weights, first, k) && !any(needs_sums, first, k + 1)) {
@@ -188,12 +197,19 @@ struct UnitOperators {
                                          stride, padding, dilation, groups, activation, allow_tf32);
           break;
         }
+        if (k == first && shortcuts[j] != "none" && (needs_before || joins_h))
+          to_shortcut = shortcut_grad(all, j, dy, inputs[first]);
         const bool frozen = by_conv[k] && !batch_stats[k];
         OptionalTensor addend, ends_with;
         if (k == first && joins_h) addend = to_shortcut;
         if (k == first && !joins_h && frozen) ends_with = to_shortcut;
         const bool with_sums = batch_stats[k] || needs_sums[k];
-        if (needs_weights[k])
+        if (k == last && output)
+          std::tie(dy, g, sums[k], dweights[k]) = Layer::residual_conv_backward_into(
+              Device::kResidualGradInPlace ? OptionalTensor(g) : std::nullopt, joins, g, *output,
+              *output_affine, *output_sums, weights[k], inputs[k], *by_conv[k], stride, padding,
+              dilation, groups, activation, allow_tf32);
+        else if (needs_weights[k])
           std::tie(g, sums[k], dweights[k]) = Layer::preact_conv_backward(
               g, output, output_affine, output_sums, weights[k], inputs[k], by_conv[k], addend,
               stride, padding, dilation, groups, activation, with_sums, allow_tf32, frozen,
@@ -218,18 +234,15 @@ struct UnitOperators {
                                      dilation, groups, activation, allow_tf32);
       }
       if (!needs_before) {
-        dy = nothing(grad);
+        g = nothing(grad);
+        output = std::nullopt;
         break;
       }
-      dy = g;
-      if (output) {
-        const Tensor to = Device::kResidualGradInPlace ? g : new_activation(g, image_shape(g));
-        dy = Layer::residual_grad_into(to, joins_h ? std::nullopt : to_shortcut, g, *output,
-                                       *output_affine, *output_sums);
-      }
+      joins = output && !joins_h ? to_shortcut : std::nullopt;
     }
+    end_backward_pass();
     call.finish();
-    return {dy, dweights, sums, dprojections};
+    return {g, dweights, sums, dprojections};
   }
 
  private:

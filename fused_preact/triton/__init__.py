@@ -19,6 +19,7 @@ from .preact_conv_backward import preact_conv_backward
 from .preact_conv_dgrad import preact_conv_dgrad
 from .preact_conv_forward import preact_conv_forward
 from .preact_conv_wgrad import preact_conv_wgrad
+from .residual_conv_backward import residual_conv_backward
 from .residual_grad import residual_grad
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "preact_conv_dgrad",
     "preact_conv_forward",
     "preact_conv_wgrad",
+    "residual_conv_backward",
     "residual_grad",
 ]

@@ -380,6 +380,30 @@ void test_conv(const std::string& name, const ConvShape& shape, Activation activ
     if (!plain) expect_equal(name + " backward sums", sums, sums_again);
     expect_equal(name + " backward dw", dw, dw_again);
   }
+
+  if (plain || !deferred) return;
+  // the same of a residual sum, whose gradient is made before or on the way
+  auto made = poisoned<S>(out_size), on_the_way = made;
+  residual_grad(in_order, kDtype<S>, shape.output, residual.data(), grad.data(), out.u.data(),
+                out.affine.data(), out.sums.data(), made.data());
+  dgrad.addend = nullptr;
+  dgrad.grad = wgrad.grad = {made.data(), nullptr, nullptr, nullptr};
+  preact_conv_backward(in_order, dgrad, wgrad);
+  g = g_again;
+  sums = sums_again;
+  dw = dw_again;
+  dgrad.grad = wgrad.grad = output_grad;
+  dgrad.grad.residual = wgrad.grad.residual = residual.data();
+  dgrad.grad.dy = wgrad.grad.dy = on_the_way.data();
+  for (const Runtime& runtime : {in_order, reversed}) {
+    std::fill(on_the_way.begin(), on_the_way.end(), S{});
+    std::fill(g_again.begin(), g_again.end(), S{});
+    preact_conv_backward(runtime, dgrad, wgrad);
+    expect_equal(name + " sum dy", made, on_the_way);
+    expect_equal(name + " sum g", g, g_again);
+    expect_equal(name + " sum sums", sums, sums_again);
+    expect_equal(name + " sum dw", dw, dw_again);
+  }
 }
 
 ConvShape conv_shape(const ImageShape& input, int64_t out_channels, int64_t kernel, int64_t stride,

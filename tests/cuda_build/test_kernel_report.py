@@ -10,7 +10,7 @@ from cuda_emulator.emulator import COPIED
 from kernel_report import DEVICES, Report
 from machine_code import cuobjdump, nvcc
 from measure import layer_by_layer, runs_units
-from step_calls import halves, shape_class, step_calls, weight_gradient
+from step_calls import by_kernel, shape_class, step_calls, weight_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_preact import PreActBlock, PreActBottleneck, PreActResNet, backend
@@ -24,7 +24,7 @@ def bottlenecks():
 
 
 def blocks():
-    return PreActResNet(PreActBlock, [1, 1], widths=(16, 32))
+    return PreActResNet(PreActBlock, [2, 1], widths=(16, 32))
 
 
 class OurCalls(TorchDispatchMode):
@@ -96,16 +96,21 @@ def test_units_are_measured_layer_by_layer(monkeypatch):
 
 
 def test_gradients_without_a_common_kernel_are_measured_apart(monkeypatch):
-    """As the report predicts them: a weight gradient and a gradient of the input."""
+    """As the report predicts them: a weight gradient and a gradient of the input, and the sum's."""
     monkeypatch.setattr(predicted_and_measured, "_seconds", lambda call: 1.0)
-    calls = step_calls(blocks, SHAPE)
-    both = [call for call in calls if call.operator == "fused_preact::preact_conv_backward"]
-    parts = [part for call in both for part in halves(call)]
+    calls = [call for call in step_calls(blocks, SHAPE) if call.operator.endswith("conv_backward")]
+    parts = [part for call in calls for part in by_kernel(call, lambda _: False)]
     predicted = {(c.operator.split("::")[1], shape_class(c)): 1.0 for c in parts}
     rows = Counter()
-    for row in predicted_and_measured.measure(both, predicted):
+    for row in predicted_and_measured.measure(calls, predicted):
         rows[row.operator] += row.count
-    assert both and rows == dict.fromkeys(("preact_conv_dgrad", "preact_conv_wgrad"), len(both))
+    sums = sum(call.operator == "fused_preact::residual_conv_backward" for call in calls)
+    assert 0 < sums < len(calls)
+    assert rows == {
+        "preact_conv_dgrad": len(calls),
+        "preact_conv_wgrad": len(calls),
+        "residual_grad": sums,
+    }
 
 
 def test_small_1x1_gradients_have_one_kernel(emulator):
@@ -116,6 +121,7 @@ def test_small_1x1_gradients_have_one_kernel(emulator):
     )
     assert kernels["preact_conv_backward"] >= 4
     assert kernels["preact_conv_wgrad"] >= 3
+    assert kernels["residual_conv_backward"] >= 1
 
 
 @pytest.mark.skipif(nvcc() is None or cuobjdump() is None, reason="no nvcc, or no cuobjdump")

@@ -76,10 +76,7 @@ def test_gradients_of_a_1x1_in_one_kernel(emulator, shape, dtype):
         with emulator.recording(132, 99 * 1024) as launches:
             emulator.operators.preact_conv_backward(*arguments)
         assert max(launch.shared_bytes for launch in launches) <= 99 * 1024
-        assert [launch.kernel.split("_kernel")[0] for launch in launches] == [
-            "preact_conv_backward",
-            "add_splits",
-        ]
+        assert kernels_of(launches) == ["preact_conv_backward", "add_splits"]
         results = []
         for seed in range(2):
             emulator.seed(seed)
@@ -92,24 +89,82 @@ def test_gradients_of_a_1x1_in_one_kernel(emulator, shape, dtype):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+def test_gradients_of_a_1x1_in_a_residual_sum(emulator, shape, dtype):
+    """Likewise, the sum's gradient made on the way: with the bits of residual_grad, written once.
+
+    With a shortcut's gradient and without.
+    """
+    images = (shape.images, shape.channels, shape.height, shape.width)
+    conv = (shape.filters, shape.kernel, shape.stride, shape.padding)
+    o = operands(dtype, images, conv, deferred=True)
+    rest = (o.weight, o.input, o.affine, *o.geometry, "silu" if shape.filters > 64 else "relu")
+    op = emulator.operators
+    for residual in (o.residual, None):
+        arguments = (residual, o.grad, *o.deferred, *rest)
+        with emulator.recording(132, 227 * 1024) as launches:
+            op.residual_conv_backward(*arguments)
+        assert kernels_of(launches) == ["preact_conv_backward", "add_splits"]
+        results = []
+        for seed in range(2):
+            emulator.seed(seed)
+            results.append(op.residual_conv_backward(*arguments))
+        names = ("dy", "g", "sums", "dweight")
+        truth = reference.residual_conv_backward(*arguments)
+        assert_close(*(dict(zip(names, r, strict=True)) for r in (results[0], truth)), dtype)
+        dy, g = results[0][:2]
+        assert torch.equal(dy, op.residual_grad(residual, o.grad, *o.deferred))
+        plain = (dy, None, None, None, *rest[:3], None, *rest[3:], True)
+        assert torch.equal(g, op.preact_conv_dgrad(*plain)[0])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_residual_sum_that_does_not_fit(emulator):
+    """Where shared memory has no room for another operand, the sum's gradient is made before."""
+    o = operands(torch.bfloat16, (2, 64, 5, 7), (256, (1, 1), (1, 1), (0,) * 4), deferred=True)
+    arguments = (o.residual, o.grad, *o.deferred, o.weight, o.input, o.affine, *o.geometry, "relu")
+    with emulator.recording(1, 99 * 1024) as launches:
+        emulator.operators.residual_conv_backward(*arguments)
+    assert kernels_of(launches) == ["residual_grad", "preact_conv_backward", "add_splits"]
+    with emulator.device(1, 99 * 1024):
+        dy, g, _, _ = emulator.operators.residual_conv_backward(*arguments)
+    ours = emulator.operators.residual_conv_backward(*arguments)
+    assert torch.equal(dy, ours[0]) and torch.equal(g, ours[1])
+
+
+def kernels_of(launches) -> list[str]:
+    return [launch.kernel.split("_kernel")[0] for launch in launches]
+
+
+@pytest.mark.parametrize("of_a_sum", [False, True])
 @pytest.mark.parametrize("kilobytes", [227, 120, 99])
 @pytest.mark.parametrize("channels,filters", [(16, 64), (64, 256), (256, 64)])
-def test_gradients_of_a_1x1_of_many_tiles(emulator, channels, filters, kilobytes):
+def test_gradients_of_a_1x1_of_many_tiles(emulator, channels, filters, kilobytes, of_a_sum):
     """So many a block that every slot is used again, whatever shared memory has room for."""
     shape = (2, channels, 21, 24)  # 32 tiles, the last of them half empty
     conv = (filters, (1, 1), (1, 1), (0,) * 4)
     o = operands(torch.bfloat16, shape, conv, deferred=True)
+    name, names = "preact_conv_backward", ("g", "sums", "dweight")
     arguments = (o.grad, *o.deferred, o.weight, o.input, o.affine, None, *o.geometry, "relu", True)
+    if of_a_sum:
+        name, names = "residual_conv_backward", ("dy", *names)
+        arguments = (o.residual, *arguments[:7], *o.geometry, "relu")
+    operator = getattr(emulator.operators, name)
     with emulator.recording(1, kilobytes * 1024) as launches:
-        emulator.operators.preact_conv_backward(*arguments)
-    splits = launches[0].grid[0]
-    stages = {2 + newest for newest, n in enumerate(launches[0].waits) if n}
-    assert 32 // splits > 2 * max(stages)
+        operator(*arguments)
+    both = next(launch for launch in launches if launch.kernel.startswith("preact_conv_backward"))
+    stages = {2 + newest for newest, n in enumerate(both.waits) if n}
+    assert 32 // both.grid[0] > 2 * max(stages)
     with emulator.device(1, kilobytes * 1024):
-        ours = emulator.operators.preact_conv_backward(*arguments)
-    names, truth = ("g", "sums", "dweight"), reference.preact_conv_backward(*arguments)
-    assert_close(*(dict(zip(names, r, strict=True)) for r in (ours, truth)), torch.bfloat16)
-    assert torch.equal(ours[0], emulator.operators.preact_conv_dgrad(*arguments)[0])
+        ours = operator(*arguments)
+    truth = getattr(reference, name)(*arguments)
+    ours, truth = (dict(zip(names, r, strict=True)) for r in (ours, truth))
+    assert_close(ours, truth, torch.bfloat16)
+    dy = (ours["dy"], None, None, None) if of_a_sum else (o.grad, *o.deferred)
+    rest = (o.weight, o.input, o.affine, None, *o.geometry, "relu", True)
+    assert torch.equal(ours["g"], emulator.operators.preact_conv_dgrad(*dy, *rest)[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -212,6 +267,9 @@ def test_units_in_one_call(emulator, dtype):
         ([(24, 3, 1), (24, 3, 1)], "input", None),
     ]
     assert_as_layers(emulator.operators, units_operands(dtype, units, lambda k: k != 3, False))
+    bottleneck = [(16, 1, 1), (16, 3, 1), (64, 1, 1)]
+    units = [(bottleneck, "preact", 64), *[(bottleneck, "input", None)] * 2]
+    assert_as_layers(emulator.operators, units_operands(dtype, units, lambda _: True, False))
 
 
 def test_units_whose_reductions_need_more_zeros(emulator):
@@ -234,7 +292,7 @@ def test_partial_weight_gradients_of_units_are_added_up_together(emulator, filte
         emulator.operators.preact_units_backward(
             *o.backward(inputs, affines, True, True, True, True)
         )
-    kernels = [launch.kernel.split("_kernel")[0] for launch in launches]
+    kernels = kernels_of(launches)
     assert kernels.count("preact_conv_wgrad") == 9 and kernels.count("add_splits") == sums
     last = len(kernels) - 1 - kernels[::-1].index("preact_conv_wgrad")
     assert "add_splits" in kernels[last:]

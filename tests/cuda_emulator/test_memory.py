@@ -61,6 +61,11 @@ class Layer:
         """Of preact_conv_backward: what dgrad takes."""
         return self.calls()["preact_conv_dgrad"]
 
+    def of_sum(self) -> tuple:
+        """Of residual_conv_backward."""
+        dy = (self.residual, self.g, self.y, self.y_affine, self.y_sums)
+        return *dy, self.weight, self.u, self.affine, *self.geometry
+
 
 def count(emulator, name, arguments):
     """An operator's results, what it moved, and the grid of its first launch."""
@@ -190,6 +195,19 @@ def test_gradients_of_a_1x1_read_their_operands_once(emulator, channels, filters
     hold(counts, reads, vectors, results, (partial + read, partial + written))
 
 
+@pytest.mark.parametrize(("channels", "filters"), [(16, 64), (32, 128), (64, 256)])
+def test_residual_sums_in_a_1x1_read_their_operands_once(emulator, channels, filters):
+    """Likewise of a residual sum, whose gradient is written once."""
+    layer = Layer(torch.bfloat16, channels, filters, 1)
+    results, counts, (splits, groups, _) = count(emulator, "residual_conv_backward", layer.of_sum())
+    operands = dict.fromkeys((layer.g, layer.y, layer.residual), groups)
+    vectors = [layer.affine, layer.y_affine, layer.y_sums]
+    partial = splits * 4 * layer.weight.numel()
+    read, written = scratch_of_sums(splits, channels)
+    reads = {**operands, layer.u: 1, layer.weight: splits}
+    hold(counts, reads, vectors, results, (partial + read, partial + written))
+
+
 # --- sectors and banks ---------------------------------------------------------------------------
 
 
@@ -247,7 +265,8 @@ def test_fast_paths_use_whole_sectors_and_no_bank_twice(emulator, channels, filt
     assert waste_of(emulator, Layer(torch.bfloat16, channels, filters, kernel)) == known
 
 
-# Once a tile: vectors of BatchNorm in float32, by halves, and results of fewer channels than 64.
+# A few times a tile: vectors of BatchNorm in float32, by halves, and results of fewer channels than
+# 64.
 GRADIENTS = {
     ("preact_conv_backward.cu", SHARED_READ, 16): 2,
     ("preact_conv_backward.cu", SHARED_WRITTEN, 16): 2,  # the vectors once a block
@@ -262,6 +281,8 @@ def test_gradients_of_a_1x1_use_whole_sectors(emulator, channels, filters):
     """And no bank twice where pixels are copied, transformed and multiplied."""
     layer = Layer(torch.bfloat16, channels, filters, 1)
     _, counts, _ = count(emulator, "preact_conv_backward", layer.gradients())
+    assert waste(counts.points) == VECTORS | GRADIENTS
+    _, counts, _ = count(emulator, "residual_conv_backward", layer.of_sum())
     assert waste(counts.points) == VECTORS | GRADIENTS
 
 

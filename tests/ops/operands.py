@@ -110,6 +110,10 @@ def calls_with(input: Tensor) -> dict[str, tuple]:
         "preact_conv_dgrad": (*dy, weight, input, affine, None, *rest, True),
         "preact_conv_wgrad": (*dy, input, affine, [1, 1], *rest),
         "preact_conv_backward": (*dy, weight, input, affine, None, *rest, True),
+        "residual_conv_backward": (
+            *(None, grad, grad, torch.ones(4, 3), torch.ones(2, 3)),
+            *(weight, input, affine, *rest),
+        ),
         "residual_grad": (None, input, input, affine, sums),
     }
 

@@ -33,6 +33,11 @@ class Widened:
         assert dweight.dtype == grad.dtype
         return g, sums, dweight.to(reference.accumulator(grad.dtype))
 
+    def residual_conv_backward(self, residual, grad, *arguments):
+        *others, dweight = self.operators.residual_conv_backward(residual, grad, *arguments)
+        assert dweight.dtype == grad.dtype
+        return *others, dweight.to(reference.accumulator(grad.dtype))
+
 
 @pytest.fixture
 def composed():
@@ -59,6 +64,15 @@ def test_geometries(name, dtype, composed):
         assert_operator_rule(composed, "preact_conv_dgrad", dtype, *dgrad[:-1], *frozen)
     assert_operator_rule(composed, "preact_conv_wgrad", dtype, *wgrad)
     assert_operator_rule(composed, "preact_conv_backward", dtype, *dgrad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["1x1", "3x3"])
+def test_residual_sum(name, dtype, composed):
+    """The tolerance rule for the convolution at a unit's end."""
+    o = operands(dtype, *GEOMETRIES[name], deferred=True)
+    args = o.residual, o.grad, *o.deferred, o.weight, o.input, o.affine, *o.geometry, "relu"
+    assert_operator_rule(composed, "residual_conv_backward", dtype, *args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -98,6 +98,15 @@ def test_preact_conv_backward(absent, check):
 
 
 @pytest.mark.parametrize("absent", [True, False])
+def test_residual_conv_backward(absent, check):
+    """Likewise, with and without residual."""
+    o = _operands(check, "3x3", deferred=True)
+    residual = None if absent else o.residual
+    rest = o.weight, o.input, o.affine, *o.geometry, "relu"
+    check("residual_conv_backward", residual, o.grad, *o.deferred, *rest)
+
+
+@pytest.mark.parametrize("absent", [True, False])
 def test_residual_grad(absent, check):
     """Likewise, with and without grad."""
     o = _operands(check, "3x3 of one channel", deferred=True)

@@ -36,6 +36,10 @@ def test_operators(deferred):
         "preact_conv_wgrad": (o.grad, *o.deferred, o.input, affine, [3, 3], *geometry, "relu"),
         "residual_grad": (addend, o.addend, o.input, o.affine, o.affine[:2].contiguous()),
     }
+    if deferred:
+        calls["residual_conv_backward"] = (
+            *(residual, o.grad, *o.deferred, o.weight, o.input, o.affine, *geometry, "relu"),
+        )
     with fused_preact.backend("triton"):
         namespace = ops.plan(o.input)
     for name, args in calls.items():
