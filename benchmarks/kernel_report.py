@@ -224,7 +224,11 @@ class Report:
     def partial_bytes(self, device: Device, call: Call) -> int:
         """Of the weight gradient's partial results."""
         if (device.name, call) not in self._splits:
-            of_weights = self.launches(device, call)[0]  # wgrad comes before dgrad
+            of_weights = next(
+                launch
+                for launch in self.launches(device, call)
+                if launch.kernel.startswith(("preact_conv_wgrad", "preact_conv_backward"))
+            )
             self._splits[device.name, call] = of_weights.grid[0]
         return self._splits[device.name, call] * weight_gradient(call).bytes
 

@@ -113,6 +113,17 @@ def test_gradients_without_a_common_kernel_are_measured_apart(monkeypatch):
     }
 
 
+def test_partial_weight_gradients_are_those_of_wgrad(emulator):
+    """Of a residual sum too, whose call begins with another kernel."""
+    report = Report({}, emulator)
+    calls = step_calls(blocks, SHAPE)
+    sums = [call for call in calls if call.operator == "fused_preact::residual_conv_backward"]
+    for call in sums:
+        _, wgrad, _ = by_kernel(call, lambda _: False)
+        assert report.partial_bytes(H100, call) == report.partial_bytes(H100, wgrad)
+    assert sums
+
+
 def test_small_1x1_gradients_have_one_kernel(emulator):
     """Both of them, of bottlenecks; 3x3 convolutions have two."""
     calls = step_calls(bottlenecks, SHAPE)
