@@ -107,7 +107,7 @@ def _flush_cache(device: torch.device) -> None:
 class Traffic(TorchDispatchMode):
     """Adds up the floor of every operator that runs: its bytes moved, or its arithmetic.
 
-    An operator's bytes are its tensors, each once; views move nothing.
+    An operator's bytes are its tensors, each once; views and allocations move nothing.
     """
 
     def __init__(self, bandwidth: float, rate: float) -> None:
@@ -120,7 +120,7 @@ class Traffic(TorchDispatchMode):
             with self:
                 return layer_by_layer(function, args, kwargs)
         output = function(*args, **(kwargs or {}))
-        if function.is_view or not function.namespace.startswith(("aten", "fused_preact")):
+        if moves_nothing(function) or not function.namespace.startswith(("aten", "fused_preact")):
             return output
         tensors = {}
         for value in torch.utils._pytree.tree_leaves((args, kwargs, output)):
@@ -131,6 +131,13 @@ class Traffic(TorchDispatchMode):
         self.flops += flops
         self.seconds += max(moved / self.bandwidth, flops / self.rate)
         return output
+
+
+def moves_nothing(function) -> bool:
+    """Of a view, an empty tensor, or bookkeeping."""
+    name = function._schema.name.split("::")[1]
+    prefixes = "empty", "new_empty", "detach", "_to_view"
+    return function.is_view or name.startswith(prefixes) or name == "as_strided_"
 
 
 def runs_units(function) -> bool:

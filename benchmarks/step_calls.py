@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from measure import count_flops, layer_by_layer, runs_units
+from measure import count_flops, layer_by_layer, moves_nothing, runs_units
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,13 +138,8 @@ def step_calls(build: Callable[[], nn.Module], shape: tuple[int, int, int, int])
 
 
 def _launches(function: Any) -> bool:
-    """Whether an operator has work for a GPU: no views, no empty tensors, no bookkeeping."""
-    name = function._schema.name.split("::")[1]
-    if function.namespace not in ("aten", "fused_preact") or function.is_view:
-        return False
-    return not (
-        name.startswith(("empty", "new_empty", "detach", "_to_view")) or name == "as_strided_"
-    )
+    """Whether an operator has work for a GPU."""
+    return function.namespace in ("aten", "fused_preact") and not moves_nothing(function)
 
 
 def _spec(value: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from cases import all_cases
 from check import check, comparable, errors
 from contenders import EAGER, REFERENCE, Contender, contenders
+from measure import Traffic
 from operators import OPERATORS, OperatorCase
 
 from fused_preact import cli
@@ -130,6 +131,16 @@ def test_operators_pass_the_check(name, contender):
     true = results(REFERENCE, torch.float64)
     baseline = errors(results(REFERENCE, torch.float32), true)
     check(case, contender, errors(results(contender, torch.float32), true), baseline, torch.float32)
+
+
+def test_floor_counts_what_moves():
+    """Each tensor of an operator once; a view and an empty tensor like another move nothing."""
+    tensor = torch.ones(4, 5)
+    with Traffic(bandwidth=2.0, rate=1e9) as traffic:
+        tensor.new_empty(0)
+        torch.empty_like(tensor).view(20)
+        tensor + tensor
+    assert (traffic.bytes, traffic.seconds) == (160, 80.0)
 
 
 def test_bench_measures_a_selection(tmp_path, monkeypatch):
