@@ -11,12 +11,11 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace preact {
 
-class CudaDevice {
+class CudaDevice : public Lender<CudaDevice> {
  public:
   static constexpr char kDtypes[] = "float32, bfloat16 or float16";
   static constexpr bool kResidualGradInPlace = false;  // kernels read by __ldg
   static bool runs(Dtype dtype) { return dtype != Dtype::kFloat64; }
-  using Call = UnitsCall<CudaDevice>;
 
   explicit CudaDevice(const Tensor& tensor) : device_(tensor.device()), guard_(device_.index()) {
     check(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
@@ -24,33 +23,16 @@ class CudaDevice {
   }
   CudaDevice(const CudaDevice&) = delete;
 
-  CudaRuntime runtime() {
-    return {device_.index(),   stream_,      &allocate, &allocate_zeros,
-            &allocate_partial, &sum_partial, this};
-  }
+  CudaRuntime runtime() { return lend(device_.index(), stream_); }
+  torch::stable::Device where() const { return device_; }
+  // Given back when the call ends: torch hands it out again in the order of the stream.
+  void* allocate(int64_t bytes) { return keep(new_bytes(bytes, device_)); }
+  void* allocate_zeros(int64_t bytes) { return keep(new_zeros(bytes, device_)); }
 
  private:
-  // Given back when the call ends: torch hands it out again in the order of the stream.
-  static void* allocate(int64_t bytes, void* context) {
-    auto* const self = static_cast<CudaDevice*>(context);
-    self->memory_.push_back(new_bytes(bytes, self->device_));
-    return self->memory_.back().mutable_data_ptr();
-  }
-  static void* allocate_zeros(int64_t bytes, void* context) {
-    auto* const self = static_cast<CudaDevice*>(context);
-    if (Call* const call = Call::on(self->device_)) return call->zeros(bytes);
-    self->memory_.push_back(new_zeros(bytes, self->device_));
-    return self->memory_.back().mutable_data_ptr();
-  }
-
-  static void* allocate_partial(int64_t bytes, void* context) {
-    Call* const call = Call::on(static_cast<CudaDevice*>(context)->device_);
-    return call ? call->partial(bytes) : allocate(bytes, context);
-  }
-  static void sum_partial(const SplitSum& sum, void* context) {
-    auto* const self = static_cast<CudaDevice*>(context);
-    if (Call* const call = Call::on(self->device_)) return call->add_splits(sum);
-    add_splits(self->runtime(), 1, &sum);
+  void* keep(const Tensor& memory) {
+    memory_.push_back(memory);
+    return memory_.back().mutable_data_ptr();
   }
 
   torch::stable::Device device_;

@@ -1,5 +1,5 @@
 // What operators that run one after the other share, so that it is one launch and not one for each:
-// memory at zero, and the sums of wgrad's partial results.
+// memory at zero, and the sums of wgrad's partial results. And how the launchers come to it.
 #pragma once
 
 #include "arguments.h"
@@ -71,6 +71,39 @@ class UnitsCall {
   int64_t partial_bytes_ = 0;
   char* next_ = nullptr;
   int64_t left_ = 0;
+};
+
+// What a Device lends its launchers: from the call that is running, else of its own, which it has
+// as allocate(bytes) and allocate_zeros(bytes); where() is its device.
+template <class Device>
+class Lender {
+ public:
+  using Call = UnitsCall<Device>;
+
+ protected:
+  CudaRuntime lend(int device, void* stream) {
+    return {device,       stream,    &allocate, &allocate_zeros, &allocate_partial,
+            &sum_partial, self(this)};
+  }
+
+ private:
+  static Device* self(void* context) { return static_cast<Device*>(context); }
+  static Device* self(Lender* lender) { return static_cast<Device*>(lender); }
+  static Call* running(void* context) { return Call::on(self(context)->where()); }
+
+  static void* allocate(int64_t bytes, void* context) { return self(context)->allocate(bytes); }
+  static void* allocate_zeros(int64_t bytes, void* context) {
+    Call* const call = running(context);
+    return call ? call->zeros(bytes) : self(context)->allocate_zeros(bytes);
+  }
+  static void* allocate_partial(int64_t bytes, void* context) {
+    Call* const call = running(context);
+    return call ? call->partial(bytes) : allocate(bytes, context);
+  }
+  static void sum_partial(const SplitSum& sum, void* context) {
+    if (Call* const call = running(context)) return call->add_splits(sum);
+    preact::add_splits(self(context)->runtime(), 1, &sum);
+  }
 };
 
 }  // namespace preact

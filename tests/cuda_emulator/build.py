@@ -72,7 +72,8 @@ def broken(folder: Path, kernel: str, before: str, after: str, file: str | None 
     """A folder with a kernel, and the headers, in one file of which one thing is broken."""
     cuda = folder / "broken"
     cuda.mkdir()
-    shutil.copy(CSRC / "preact.h", folder)
+    for header in CSRC.glob("*.h"):
+        shutil.copy(header, folder)
     for source in [*(CSRC / "cuda").glob("*.cuh"), CSRC / "cuda" / "bn_affine.cu"]:
         shutil.copy(source, cuda)
     shutil.copy(CSRC / "cuda" / kernel, cuda)

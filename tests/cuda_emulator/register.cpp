@@ -8,45 +8,28 @@
 namespace preact {
 namespace {
 
-class EmulatedDevice {
+class EmulatedDevice : public Lender<EmulatedDevice> {
  public:
   static constexpr char kDtypes[] = "float32, bfloat16 or float16";
   static constexpr bool kResidualGradInPlace = false;  // kernels read by __ldg
   static bool runs(Dtype dtype) { return dtype != Dtype::kFloat64; }
-  using Call = UnitsCall<EmulatedDevice>;
 
   explicit EmulatedDevice(const Tensor& tensor) : device_(tensor.device()) {}
-  CudaRuntime runtime() {
-    return {0, nullptr, &allocate, &allocate_zeros, &allocate_partial, &sum_partial, this};
-  }
 
- private:
-  static void* allocate(int64_t bytes, void* context) {
-    auto* const self = static_cast<EmulatedDevice*>(context);
+  CudaRuntime runtime() { return lend(0, nullptr); }
+  torch::stable::Device where() const { return device_; }
+  void* allocate(int64_t bytes) {
     void* memory = nullptr;  // aligned as a device's allocator does
     if (posix_memalign(&memory, 256, static_cast<size_t>(bytes))) throw std::bad_alloc();
-    self->memory_.emplace_back(static_cast<unsigned char*>(memory), &std::free);
+    memory_.emplace_back(static_cast<unsigned char*>(memory), &std::free);
     if (!emulator::recording) std::memset(memory, 0xff, static_cast<size_t>(bytes));  // poison
     return memory;
   }
-  static void* allocate_zeros(int64_t bytes, void* context) {
-    auto* const self = static_cast<EmulatedDevice*>(context);
-    if (Call* const call = Call::on(self->device_)) return call->zeros(bytes);
-    void* const memory = allocate(bytes, context);
-    std::memset(memory, 0, static_cast<size_t>(bytes));
-    return memory;
+  void* allocate_zeros(int64_t bytes) {
+    return std::memset(allocate(bytes), 0, static_cast<size_t>(bytes));
   }
 
-  static void* allocate_partial(int64_t bytes, void* context) {
-    Call* const call = Call::on(static_cast<EmulatedDevice*>(context)->device_);
-    return call ? call->partial(bytes) : allocate(bytes, context);
-  }
-  static void sum_partial(const SplitSum& sum, void* context) {
-    auto* const self = static_cast<EmulatedDevice*>(context);
-    if (Call* const call = Call::on(self->device_)) return call->add_splits(sum);
-    add_splits(self->runtime(), 1, &sum);
-  }
-
+ private:
   torch::stable::Device device_;
   std::vector<std::unique_ptr<unsigned char, void (*)(void*)>> memory_;
 };

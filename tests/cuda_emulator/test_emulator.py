@@ -426,10 +426,19 @@ def test_missing_barrier_is_found(emulator, tmp_path, kernel, shape, dweight):
 
 @pytest.mark.skipif(SANITIZED, reason="builds by itself")
 @pytest.mark.parametrize(
-    ("kernel", "file"),
-    [("preact_conv_forward", "conv_tiles.cuh"), ("preact_conv_wgrad", "preact_conv_wgrad.cu")],
+    ("kernel", "file", "shape", "result"),
+    [
+        ("preact_conv_forward", "conv_tiles.cuh", SHAPES[4], "preact_conv_forward"),
+        ("preact_conv_wgrad", "preact_conv_wgrad.cu", SHAPES[4], "preact_conv_wgrad"),
+        (
+            "preact_conv_backward",
+            "preact_conv_backward.cu",
+            POINTWISE[3],
+            "preact_conv_backward (1)",
+        ),
+    ],
 )
-def test_too_weak_a_wait_is_found(emulator, tmp_path, kernel, file):
+def test_too_weak_a_wait_is_found(emulator, tmp_path, kernel, file, shape, result):
     """Copies that are not waited for are not there: each step waits for those of the one before."""
     before = "copies_wait(tiling.stages - 2)"
     cuda = broken(tmp_path, f"{kernel}.cu", before, before.replace("2", "1"), file)
@@ -437,9 +446,8 @@ def test_too_weak_a_wait_is_found(emulator, tmp_path, kernel, file):
     library = build(
         tmp_path / "build", name, cuda=cuda, reuse=emulator.library.parent, optimise="-O0"
     )
-    shape = SHAPES[4]
-    truth = run(reference, shape, torch.bfloat16, "relu", True)[kernel]
-    found = run(Emulator(library, name).operators, shape, torch.bfloat16, "relu", True)[kernel]
+    truth = run(reference, shape, torch.bfloat16, "relu", True)[result]
+    found = run(Emulator(library, name).operators, shape, torch.bfloat16, "relu", True)[result]
     assert not torch.allclose(found, truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
 
 
