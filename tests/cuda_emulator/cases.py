@@ -128,6 +128,10 @@ def run(
         *(*geometry, activation, whole),
         **tf32,
     )
+    if whole:
+        pairs["residual_conv_backward"] = operators.residual_conv_backward(
+            *(residual, *deferred, weight, u, affine, *geometry, activation), **tf32
+        )
     for name, (activations, *reduced) in pairs.items():
         results |= {name: activations}
         results |= {f"{name} ({i})": vectors for i, vectors in enumerate(reduced)}
