@@ -134,7 +134,7 @@ class Traffic(TorchDispatchMode):
 
 
 def moves_nothing(function) -> bool:
-    """Of a view, an empty tensor, or bookkeeping."""
+    """Whether all that an operator does is a view, an empty tensor, or bookkeeping."""
     name = function._schema.name.split("::")[1]
     prefixes = "empty", "new_empty", "detach", "_to_view"
     return function.is_view or name.startswith(prefixes) or name == "as_strided_"

@@ -194,16 +194,16 @@ def _eager_conv_grad(o: _Operands, dy: Tensor, mask: list[bool]) -> tuple[Tensor
     )
 
 
-def _eager_bn_grad(o: _Operands, g: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-    mean, rstd = o.affine[0], o.affine[1]
-    return aten.native_batch_norm_backward(
-        g, o.input, o.gamma, None, None, mean, rstd, True, EPS, mask
-    )
+def _eager_bn_grad(
+    g: Tensor, input: Tensor, gamma: Tensor, affine: Tensor, mask: list[bool]
+) -> tuple[Tensor | None, ...]:
+    mean, rstd = affine[0], affine[1]
+    return aten.native_batch_norm_backward(g, input, gamma, None, None, mean, rstd, True, EPS, mask)
 
 
 def _eager_relu_and_sums(o: _Operands, dh: Tensor) -> Results:
     g = aten.threshold_backward(dh, o.h, 0)
-    _, dgamma, dbeta = _eager_bn_grad(o, g, [False, True, True])
+    _, dgamma, dbeta = _eager_bn_grad(g, o.input, o.gamma, o.affine, [False, True, True])
     return [g, torch.stack((dbeta, dgamma))]
 
 
@@ -213,16 +213,14 @@ def _eager_backward(o: _Operands, dy: Tensor) -> Results:
 
 
 def _eager_sum_backward(o: _Operands) -> Results:
-    mean, rstd = o.sum.affine[0], o.sum.affine[1]
-    dy, _, _ = aten.native_batch_norm_backward(
-        o.sum.g, o.sum.output, o.sum.gamma, None, None, mean, rstd, True, EPS, [True, False, False]
-    )
-    dy = dy.add_(o.residual)
+    s = o.sum
+    dy = _eager_bn_grad(s.g, s.output, s.gamma, s.affine, [True, False, False])[0].add_(o.residual)
     return [dy, *_eager_backward(o, dy)]
 
 
 def _eager_residual_grad(o: _Operands) -> Results:
-    return [_eager_bn_grad(o, o.g, [True, False, False])[0].add_(o.dh)]
+    mask = [True, False, False]
+    return [_eager_bn_grad(o.g, o.input, o.gamma, o.affine, mask)[0].add_(o.dh)]
 
 
 def _dgrad_arguments(o: _Operands) -> tuple[Any, ...]:
