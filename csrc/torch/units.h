@@ -165,7 +165,7 @@ struct UnitOperators {
     Tensors dprojections = nothings(grad, all.units.size());
     Tensor g = grad;
     // Where there is an output, g is of the BatchNorm that reads it, whose backward pass ends when
-    // the next operator loads g; of a unit's output with the shortcut's gradient.
+    // the next operator loads g. If it is a unit's output, the gradient `joins` is added then.
     OptionalTensor output, output_affine, output_sums, joins;
     const auto end_backward_pass = [&] {
       if (!output) return;
