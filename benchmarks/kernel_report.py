@@ -12,6 +12,7 @@ A launch is predicted to take the largest of
     tensor     the multiplications of the busiest multiprocessor, at the rate of mma.sync
     issue      the instructions of the busiest multiprocessor's loops, four a clock; loops of a
                kernel that do the same (copy windows, copy weights, ...) count as their mean
+    banks      what its warps read and write in shared memory, 128 bytes a clock
     latency    the steps that a block takes one after the other, each waiting for memory, shared
                among those that wait at the same time, times the waves of blocks
 and then what the last block takes for its two merges of others' sums; never less than a launch.
@@ -53,7 +54,16 @@ from step_calls import (
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from cuda_emulator.build import build
-from cuda_emulator.emulator import COPIED, READ, SHARED_WRITTEN, WRITTEN, Emulator, Launch
+from cuda_emulator.emulator import (
+    COPIED,
+    MATRIX_READ,
+    READ,
+    SHARED_READ,
+    SHARED_WRITTEN,
+    WRITTEN,
+    Emulator,
+    Launch,
+)
 
 RESULTS = Path(__file__).resolve().parent / "predicted"
 
@@ -95,6 +105,7 @@ PEAK_FLOPS = {"A100": 0.81 * 312e12, "H100": 798e12, "B200": 0.81 * 2250e12}
 LAUNCH, LATENCY, LONELY_CLOCKS = 2e-6, 0.5e-6, 2
 REGISTERS, MOST_WARPS, MOST_BLOCKS, RESERVED_SHARED = 65536, 64, 32, 1024
 MULTIPLICATION_FLOPS = 2 * 16 * 8 * 16  # of mma.m16n8k16
+OVERLAPPING = ("bytes", "tensor", "issue", "banks", "latency")  # of which the largest counts
 FOREACH_TENSORS = 64  # that a multi-tensor kernel of PyTorch takes at once, about
 
 
@@ -119,13 +130,14 @@ class Row:
     bytes: float
     tensor: float
     issue: float
+    banks: float
     latency: float
     merge: float
     predicted: float
 
     @property
     def bound(self) -> str:
-        parts = {name: getattr(self, name) for name in ("bytes", "tensor", "issue", "latency")}
+        parts = {name: getattr(self, name) for name in OVERLAPPING}
         most = max(parts, key=lambda name: parts[name])
         if self.predicted <= LAUNCH:
             return "launch"
@@ -163,6 +175,16 @@ def instructions(kernel: Kernel, launch: Launch) -> float:
     return accesses[READ, size] * kernel.per_unit("LDG", 8 * size)
 
 
+def bank_clocks(launch: Launch) -> float:
+    """That a block's warps keep shared memory busy, no bank wanted twice."""
+    in_shared = (SHARED_READ, SHARED_WRITTEN, MATRIX_READ)
+    return sum(
+        count * max(1, size * 32 / 128)
+        for (access, size), count in launch.accesses.items()
+        if access in in_shared
+    )
+
+
 def predict(
     device: Device, kernel: Kernel, launch: Launch, moved: float, flops: float
 ) -> dict[str, float]:
@@ -187,13 +209,14 @@ def predict(
         "bytes": moved / device.bandwidth,
         "tensor": multiplications / (device.tensor_flops / device.multiprocessors),
         "issue": instructions(kernel, launch) * of_one / 4 / device.clock,
+        "banks": bank_clocks(launch) * of_one / device.clock,
         "latency": math.ceil(waves) * turns * LATENCY,
         "merge": merge,
         "floor": max(moved / device.bandwidth, flops / PEAK_FLOPS[device.name]),
         "waves": waves,
         "resident": resident,
     }
-    largest = max(terms[name] for name in ("bytes", "tensor", "issue", "latency"))
+    largest = max(terms[name] for name in OVERLAPPING)
     return terms | {"predicted": max(largest + merge, LAUNCH)}
 
 
@@ -296,6 +319,7 @@ def _own_row(device: Device, call: Call, count: int) -> Row:
         bytes=floor / launches,
         tensor=0,
         issue=0,
+        banks=0,
         latency=0,
         merge=0,
         predicted=max(floor / launches, LAUNCH),
@@ -352,13 +376,14 @@ def step_table(rows: list[Row]) -> list[str]:
     whole = total(rows)
     lines = [
         "| operator | shape | launches | grid | shared | resident | waves | MB | GFLOP | floor |"
-        " bytes | tensor | issue | latency | merge | predicted | bound by | share |",
-        "|" + "---|" * 18,
+        " bytes | tensor | issue | banks | latency | merge | predicted | bound by | share |",
+        "|" + "---|" * 19,
     ]
     ours = [row for row in rows if row.kernel]
     for row in sorted(ours, key=lambda row: -row.count * row.predicted):
         name = "add_splits" if "add_splits" in row.kernel else row.operator
-        times = (row.floor, row.bytes, row.tensor, row.issue, row.latency, row.merge, row.predicted)
+        parts = (getattr(row, name) for name in OVERLAPPING)
+        times = (row.floor, *parts, row.merge, row.predicted)
         cells = [
             name,
             row.shape,

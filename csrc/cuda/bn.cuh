@@ -14,7 +14,7 @@ PREACT_DEVICE float normalise(float u, float mean, float scale, float shift) {
 
 template <Activation kActivation>
 PREACT_DEVICE float activate(float z) {
-  if constexpr (kActivation == Activation::kRelu) return z < 0.f ? 0.f : z;  // NaN stays NaN
+  if constexpr (kActivation == Activation::kRelu) return not_negative(z);
   return z / (1.f + expf(-z));
 }
 

@@ -18,6 +18,7 @@ namespace preact::cuda {
 constexpr int kMostPiecesPerThread = 32;    // of a window: one bit each says which are not padding
 constexpr int64_t kWideBytes = 160 * 1024;  // of shared memory that a device has for wide tiles
 constexpr int kMostStages = 4;              // steps that are copied or multiplied at the same time
+constexpr int kMostSide = 1024;             // rows or columns of a tile's region
 // Tiles whose places are in shared memory: what is stored, multiplied and copied, and the next one.
 constexpr int kPlaces = 8;
 static_assert(kPlaces >= kMostStages + 2);
@@ -117,6 +118,7 @@ struct Patch {
 // window, and of its results, are less than 2^32 pixels apart in their tensor.
 inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most, int most_window) {
   const auto near = [&](const Patch& patch, const Axis& down, const Axis& across) {
+    if (std::max(down.window(patch.rows), across.window(patch.columns)) > kMostSide) return false;
     const int64_t rows =
         (patch.images - 1) * down.source + int64_t{down.window(patch.rows)} * down.gather;
     const int64_t columns = int64_t{across.window(patch.columns)} * across.gather;
@@ -159,16 +161,43 @@ struct Origin {
   }
 };
 
-// Where a tile's region lies in its tensor [N, H, W, C]: the images that are there, the rows and
-// columns of each, from `top` and `left` of the region on, and the first element of these.
+// Where a tile's region lies in its tensor [N, H, W, C]: the first and the last image, row and
+// column that are there, as a RegionPixel compares them, and the first element of its first pixel,
+// which may be none of the tensor's.
 struct Place {
-  int images, top, left;
-  uint32_t height, width;
+  uint32_t first, last;
   int64_t start;
+
+  __host__ __device__ static Place nowhere() { return {1, 0x80400800, 0}; }
+};
+
+// A pixel of a region, the same in every tile: its image, row and column, and how many of the
+// tensor's pixels it is behind the region's first one.
+struct alignas(8) RegionPixel {
+  static constexpr uint32_t kGuards = 1u << 31 | 1u << 21 | 1u << 10;
+  static constexpr int kNowhere = 511;  // an image that no patch has
+  uint32_t packed, offset;              // pack(), and kGuards
+
+  __host__ __device__ static constexpr uint32_t pack(int image, int row, int column) {
+    return static_cast<uint32_t>(image << 22 | row << 11 | column);
+  }
+  // A guard above each of the three goes where a larger number is subtracted.
+  PREACT_DEVICE bool inside(const Place& place) const {
+    return ((packed - place.first) & (place.last - packed) & kGuards) == kGuards;
+  }
+  PREACT_DEVICE int64_t element(const Place& place, int64_t channels) const {
+    return place.start + int64_t{offset} * channels;
+  }
+  // The same, from the address of place.start.
+  template <typename T>
+  PREACT_DEVICE const T* from(const T* start, uint32_t pixel_bytes) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(start) +
+                                      uint64_t{offset} * pixel_bytes);
+  }
 };
 
 // The pixels of a tensor that tiles read, a window each, or write: rows and columns as the axes
-// have it. They are counted with columns running fastest; those beyond are in images that are not.
+// have it. They are counted with columns running fastest; those beyond are never there.
 struct Region {
   const Axis& r;
   const Axis& c;
@@ -184,82 +213,39 @@ struct Region {
   PREACT_DEVICE int columns() const { return c.window(patch.columns); }
   PREACT_DEVICE int pixels() const { return patch.window(r, c); }
 
-  // Image, row and column of pixel i, each less than 1024, 2048 and 2048.
-  PREACT_DEVICE uint32_t packed(int i) const {
-    if (pixels() == 0) return 0;
-    return i / (rows() * columns()) << 22 | i / columns() % rows() << 11 | i % columns();
+  PREACT_DEVICE RegionPixel pixel(int i) const {
+    constexpr uint32_t kGuards = RegionPixel::kGuards;
+    if (i >= pixels()) return {RegionPixel::pack(RegionPixel::kNowhere, 0, 0) | kGuards, 0};
+    const int of_image = rows() * columns();
+    const int image = i / of_image, row = i % of_image / columns(), column = i % columns();
+    const int64_t line = image * r.source + row * r.gather;
+    return {RegionPixel::pack(image, row, column) | kGuards,
+            static_cast<uint32_t>(line * c.source + column * c.gather)};
   }
 
   PREACT_DEVICE static int clamped(int64_t x, int most) {
     return x < 0 ? 0 : x < most ? static_cast<int>(x) : most;
   }
+  // Of `pixels` rows or columns, each `gather` behind the one before, those that lie in [0, size)
+  // if the first one is at x.
+  PREACT_DEVICE static int first_inside(int64_t x, int gather, int pixels) {
+    return clamped((gather - 1 - x) / gather, pixels);
+  }
+  PREACT_DEVICE static int end_inside(int64_t x, int gather, int pixels, int64_t size) {
+    return clamped((size - x + gather - 1) / gather, pixels);
+  }
   PREACT_DEVICE Place place(const Origin& o) const {
     const int64_t y = o.row * r.step * r.gather + r.offset;
     const int64_t x = o.column * c.step * c.gather + c.offset;
-    const int down = rows() * r.gather, across = columns() * c.gather;
-    const int top = clamped(-y, down), left = clamped(-x, across);
-    return {clamped(images - o.image, patch.images),
-            top,
-            left,
-            static_cast<uint32_t>(clamped(r.source - y - top, down - top)),
-            static_cast<uint32_t>(clamped(c.source - x - left, across - left)),
-            ((o.image * r.source + y + top) * c.source + x + left) * channels};
-  }
-};
-
-// The way of a thread over a region, some pixels at a time, without a division: where it begins and
-// how far it steps, packed(), are the same in every tile.
-struct Walk {
-  int image, row, column;  // in the tensor, from place.start
-  int step_images, step_rows, step_columns, gather, rows, columns, end_row, end_column, images;
-  uint32_t height, width, image_rows, row_pixels, of_pixel;  // of_pixel and start: elements
-  int64_t start;
-
-  PREACT_DEVICE Walk(const Region& region, const Place& place, uint32_t first, uint32_t step,
-                     int64_t channel)
-      : gather(region.r.gather),
-        rows(region.rows() * gather),
-        columns(region.columns() * region.c.gather),
-        end_row(rows - place.top),
-        end_column(columns - place.left),
-        images(place.images),
-        height(place.height),
-        width(place.width),
-        image_rows(static_cast<uint32_t>(region.r.source)),
-        row_pixels(static_cast<uint32_t>(region.c.source)),
-        of_pixel(static_cast<uint32_t>(region.channels)),
-        start(place.start + channel) {
-    const auto unpack = [&](uint32_t packed, int& image, int& row, int& column) {
-      image = static_cast<int>(packed >> 22);
-      row = static_cast<int>(packed >> 11 & 2047) * gather;
-      column = static_cast<int>(packed & 2047) * region.c.gather;
-    };
-    unpack(first, image, row, column);
-    unpack(step, step_images, step_rows, step_columns);
-    row -= place.top;
-    column -= place.left;
-  }
-
-  PREACT_DEVICE bool inside() const {
-    return image < images && static_cast<uint32_t>(row) < height &&
-           static_cast<uint32_t>(column) < width;
-  }
-  PREACT_DEVICE int64_t offset() const {
-    const uint32_t pixel = (image * image_rows + row) * row_pixels + column;  // choose_patch()
-    return start + static_cast<int64_t>(uint64_t{pixel} * of_pixel);
-  }
-  PREACT_DEVICE void advance() {
-    column += step_columns;
-    if (column >= end_column) {
-      column -= columns;
-      row += gather;
-    }
-    row += step_rows;
-    if (row >= end_row) {
-      row -= rows;
-      ++image;
-    }
-    image += step_images;
+    const int there = clamped(images - o.image, patch.images);
+    const int top = first_inside(y, r.gather, rows());
+    const int left = first_inside(x, c.gather, columns());
+    const int bottom = end_inside(y, r.gather, rows(), r.source);
+    const int right = end_inside(x, c.gather, columns(), c.source);
+    if (there == 0 || top >= bottom || left >= right) return Place::nowhere();
+    return {RegionPixel::pack(0, top, left),
+            RegionPixel::pack(there - 1, bottom - 1, right - 1) + 2 * RegionPixel::kGuards,
+            ((o.image * r.source + y) * c.source + x) * channels};
   }
 };
 
@@ -326,18 +312,22 @@ __host__ __device__ constexpr int pitch(int columns, bool transposed) {
   return columns + (transposed && sizeof(T) == 4 ? 32 : 16) / static_cast<int>(sizeof(T));
 }
 
+// Zeros where it is not there.
 template <typename T>
-PREACT_DEVICE void copy_piece(T* shared, const T* global) {
+PREACT_DEVICE void copy_piece(T* shared, const T* global, bool there) {
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
     copy16(shared + i * 8 * 2 / static_cast<int>(sizeof(T)),
-           global + i * 8 * 2 / static_cast<int>(sizeof(T)));
+           global + i * 8 * 2 / static_cast<int>(sizeof(T)), there);
 }
 
+// Likewise, of a piece that is no vector: numbers `stride` apart, of which the first `valid` are
+// there.
 template <typename T>
-PREACT_DEVICE void zero_piece(T* shared) {
-  const Piece zeros{};
-  write_piece(shared, zeros);
+PREACT_DEVICE void store_numbers(T* shared, const T* global, int64_t stride, int valid) {
+#pragma unroll
+  for (int j = 0; j < kPiece; ++j)
+    store_shared(shared + j, j < valid ? load(global + j * stride) : T{});
 }
 
 // The row of a tile, kPieces pieces each, that thread i copies. Eight threads are one pass over the
@@ -359,6 +349,13 @@ inline int64_t choose_splits(int64_t to_fill, int64_t read, int64_t partial, int
   return std::clamp<int64_t>(std::min(to_fill, most), 1, tiles);
 }
 
+// Of the shared memory for the table of a window's pixels.
+constexpr int64_t kTableRounding = 128;
+inline int64_t table_bytes(int64_t pixels) {
+  return ceil_div(pixels * static_cast<int64_t>(sizeof(RegionPixel)), kTableRounding) *
+         kTableRounding;
+}
+
 // A block's window of an operand: kPieces pieces of channels for each pixel, zero where the image
 // or the channels end. A thread transforms the pieces that it copied, so no barrier lies between.
 // kTransposed: multiply() reads it transposed.
@@ -366,20 +363,26 @@ template <typename T, class Source, int kPieces, bool kTransposed, int kThreads>
 struct Window {
   static constexpr int kPitch = pitch<T>(kPieces * kPiece, kTransposed);
   static constexpr int kRowStep = kThreads / kPieces;
-  static constexpr int kMostPixels = std::min(kMostPiecesPerThread * kRowStep, 2048);  // packed()
+  static constexpr int kMostPixels = kMostPiecesPerThread * kRowStep;
 
   const Source& source;
   Region region;
-  int pixels;            // that are filled
-  uint32_t first, step;  // of this thread
+  RegionPixel* const table;  // in shared memory
+  const int pixels;          // in the table and filled: all of the region's, or more
 
   PREACT_DEVICE Window(const Source& source, const Axis& r, const Axis& c, const Patch& patch,
-                       int64_t images, int least_pixels = 0)
+                       int64_t images, RegionPixel* table, int pixels)
       : source(source),
         region(r, c, patch, images, source.channels.count),
-        pixels(region.pixels() < least_pixels ? least_pixels : region.pixels()),
-        first(region.packed(first_pixel())),
-        step(region.packed(kRowStep)) {}
+        table(table),
+        pixels(pixels) {}
+
+  // To be called by all threads, and a barrier behind it.
+  PREACT_DEVICE void fill_table() const {
+#pragma unroll 1
+    for (int w = static_cast<int>(threadIdx.x); w < pixels; w += kThreads)
+      store_shared(table + w, region.pixel(w));
+  }
 
   PREACT_DEVICE static int column() { return static_cast<int>(threadIdx.x) % kPieces * kPiece; }
   PREACT_DEVICE static int first_pixel() {
@@ -391,28 +394,32 @@ struct Window {
   PREACT_DEVICE uint32_t fetch(const Place& place, int64_t channel, T* buffer, T* second) const {
     channel += column();
     const int valid = source.channels.valid(channel);
-    Walk walk(region, place, first, step, channel);
-    uint32_t inside = 0, bit = 1;
+    const Place mine = valid > 0 ? place : Place::nowhere();
+    const uint32_t pixel_bytes = static_cast<uint32_t>(source.channels.count * sizeof(T));
+    const T* const first = source.first + (place.start + channel);
+    const T* first_output = nullptr;
+    if constexpr (Source::kTwo)
+      if (source.output) first_output = source.output + (place.start + channel);
+    uint32_t inside = 0;
+    const auto each = [&](const auto& copy) {
+      uint32_t bit = 1;
 #pragma unroll 1
-    for (int w = first_pixel(); w < pixels; w += kRowStep, bit <<= 1, walk.advance()) {
-      const int at = w * kPitch + column();
-      if (valid <= 0 || !walk.inside()) {
-        zero_piece(buffer + at);
-        continue;
+      for (int w = first_pixel(); w < pixels; w += kRowStep, bit <<= 1) {
+        const int at = w * kPitch + column();
+        const RegionPixel pixel = load_shared(table + w);
+        const bool there = pixel.inside(mine);
+        if (there) inside |= bit;
+        copy(buffer + at, pixel.from(first, pixel_bytes), there);
+        if (first_output) copy(second + at, pixel.from(first_output, pixel_bytes), there);
       }
-      inside |= bit;
-      const int64_t from = walk.offset();
-      fetch_piece(buffer + at, source.first + from, valid);
-      if constexpr (Source::kTwo)
-        if (source.output) fetch_piece(second + at, source.output + from, valid);
-    }
+    };
+    if (source.channels.vectors)
+      each([](T* shared, const T* global, bool there) { copy_piece(shared, global, there); });
+    else
+      each([&](T* shared, const T* global, bool there) {
+        store_numbers(shared, global, 1, there ? valid : 0);
+      });
     return inside;
-  }
-  PREACT_DEVICE void fetch_piece(T* shared, const T* global, int valid) const {
-    if (source.channels.vectors) return copy_piece(shared, global);
-    Piece v;
-    load_piece(global, valid, false, v);
-    write_piece(shared, v);
   }
 
   // Turns what fetch() copied, and said is inside, into the operand.
@@ -464,15 +471,10 @@ PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
 #pragma unroll
   for (int i = 0; i < kRows; i += kRowStep) {
     const T* const of_row = from + i * weight.stride_k;
-    if (row + i >= rows_left) {
-      zero_piece(to + i * kPitch);
-    } else if (channels.vectors) {
-      copy_piece(to + i * kPitch, of_row);
+    if (channels.vectors) {
+      copy_piece(to + i * kPitch, of_row, row + i < rows_left);
     } else {
-#pragma unroll
-      for (int j = 0; j < kPiece; ++j)
-        store_shared(to + i * kPitch + j,
-                     j < valid ? load(of_row + j * weight.stride_c) : narrow<T>(0.f));
+      store_numbers(to + i * kPitch, of_row, weight.stride_c, row + i < rows_left ? valid : 0);
     }
   }
 }
@@ -487,11 +489,14 @@ inline Channels weight_channels(const Weight& w, int64_t count) {
 
 // --- multiplication ------------------------------------------------------------------------------
 
-// A warp's c[16 * kM, 8 * kN] += a[16 * kM, 16] b[16, 8 * kN], the columns from `live` on left out.
-// a_at(m, k) and b_at(n, k) point into shared memory; transposed means that m, or n, runs fastest
-// there, else k does. Thread l has c[..][2 * h + e] at row l / 4 + 8 * h, column l % 4 * 2 + e.
-template <typename T, bool kATransposed, bool kBTransposed, int kM, int kN, typename A, typename B>
-PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, const B& b_at) {
+// A warp's c[t][16 * kM, 8 * kN] += a[16 * kM, 16] b[t][16, 8 * kN] for each t < taps, the columns
+// from `live` on left out. a_at(m, k) and b_at(t, n, k) point into shared memory; transposed means
+// that m, or n, runs fastest there, else k does. Thread l has c[..][2 * h + e] at row l / 4 + 8 *
+// h, column l % 4 * 2 + e.
+template <typename T, bool kATransposed, bool kBTransposed, int kTaps, int kM, int kN, typename A,
+          typename B>
+PREACT_DEVICE void multiply(float (&c)[kTaps][kM][kN][4], int taps, int live, const A& a_at,
+                            const B& b_at) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if constexpr (sizeof(T) == 2) {
     const int low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
@@ -504,17 +509,21 @@ PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, cons
         load_matrices(a[m], a_at(16 * m + low + middle, high));
     }
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      if (8 * n >= live) break;
-      uint32_t b[4];
-      if constexpr (kBTransposed)
-        load_matrices_transposed(b, b_at(8 * n + high, low + middle));
-      else
-        load_matrices(b, b_at(8 * n + low + high, middle));
+    for (int t = 0; t < kTaps; ++t) {
+      if (t >= taps) break;
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        matrix_multiply(c[m][n], a[m], b[0], b[1], T{});
-        matrix_multiply(c[m][n + 1], a[m], b[2], b[3], T{});
+      for (int n = 0; n < kN; n += 2) {
+        if (8 * n >= live) break;
+        uint32_t b[4];
+        if constexpr (kBTransposed)
+          load_matrices_transposed(b, b_at(t, 8 * n + high, low + middle));
+        else
+          load_matrices(b, b_at(t, 8 * n + low + high, middle));
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          matrix_multiply(c[t][m][n], a[m], b[0], b[1], T{});
+          matrix_multiply(c[t][m][n + 1], a[m], b[2], b[3], T{});
+        }
       }
     }
   } else if constexpr (std::is_same_v<T, tf32>) {
@@ -536,48 +545,64 @@ PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, cons
         for (uint32_t& one : a[m]) round_to_tf32(one);
       }
 #pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        if (8 * n >= live) break;
-        uint32_t b[4];
-        if constexpr (kBTransposed) {
+      for (int t = 0; t < kTaps; ++t) {
+        if (t >= taps) break;
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            b[i] = __float_as_uint(
-                widen(load_shared(b_at(8 * n + row + i / 2 * 8, k + column + i % 2 * 4))));
-        } else {
-          load_matrices(b, b_at(8 * n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 4));
-        }
+        for (int n = 0; n < kN; n += 2) {
+          if (8 * n >= live) break;
+          uint32_t b[4];
+          if constexpr (kBTransposed) {
 #pragma unroll
-        for (uint32_t& one : b) round_to_tf32(one);
+            for (int i = 0; i < 4; ++i)
+              b[i] = __float_as_uint(
+                  widen(load_shared(b_at(t, 8 * n + row + i / 2 * 8, k + column + i % 2 * 4))));
+          } else {
+            load_matrices(b, b_at(t, 8 * n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 4));
+          }
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          matrix_multiply(c[m][n], a[m], b[0], b[1], T{});
-          matrix_multiply(c[m][n + 1], a[m], b[2], b[3], T{});
+          for (uint32_t& one : b) round_to_tf32(one);
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            matrix_multiply(c[t][m][n], a[m], b[0], b[1], T{});
+            matrix_multiply(c[t][m][n + 1], a[m], b[2], b[3], T{});
+          }
         }
       }
     }
   } else {
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      if (t >= taps) break;
 #pragma unroll 4
-    for (int k = 0; k < 16; ++k) {
-      float a[kM][2];
+      for (int k = 0; k < 16; ++k) {
+        float a[kM][2];
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+        for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) a[m][h] = load_shared(a_at(16 * m + lane / 4 + 8 * h, k));
+          for (int h = 0; h < 2; ++h) a[m][h] = load_shared(a_at(16 * m + lane / 4 + 8 * h, k));
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        if (8 * n >= live) break;
+        for (int n = 0; n < kN; ++n) {
+          if (8 * n >= live) break;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float b = load_shared(b_at(8 * n + lane % 4 * 2 + e, k));
+          for (int e = 0; e < 2; ++e) {
+            const float b = load_shared(b_at(t, 8 * n + lane % 4 * 2 + e, k));
 #pragma unroll
-          for (int m = 0; m < kM; ++m)
+            for (int m = 0; m < kM; ++m)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) c[m][n][2 * h + e] = fmaf(a[m][h], b, c[m][n][2 * h + e]);
+              for (int h = 0; h < 2; ++h)
+                c[t][m][n][2 * h + e] = fmaf(a[m][h], b, c[t][m][n][2 * h + e]);
+          }
         }
       }
     }
   }
+}
+
+// Likewise with one b, b_at(n, k).
+template <typename T, bool kATransposed, bool kBTransposed, int kM, int kN, typename A, typename B>
+PREACT_DEVICE void multiply(float (&c)[kM][kN][4], int live, const A& a_at, const B& b_at) {
+  multiply<T, kATransposed, kBTransposed>(reinterpret_cast<float (&)[1][kM][kN][4]>(c), 1, live,
+                                          a_at, [&](int, int n, int k) { return b_at(n, k); });
 }
 
 }  // namespace preact::cuda

@@ -33,12 +33,13 @@ struct TilePlaces {
   Place source, result;
 };
 
-// Shared memory, in bytes from its start; the table of rows comes first. Windows, weights, the
-// second tensors and what is inside of windows are rings: slots are used in turn.
+// Shared memory, in bytes from its start; the table of rows comes first, that of the window's
+// pixels before the weights. Windows, weights, the second tensors and what is inside of windows are
+// rings: slots are used in turn.
 constexpr int kAxesAt = kTilePixels * static_cast<int>(sizeof(int));
 constexpr int kPlacesAt = kAxesAt + 128;
-constexpr int kRingsAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(TilePlaces));
-static_assert(kRingsAt % 128 == 0);
+constexpr int kPixelsAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(TilePlaces));
+static_assert(kPixelsAt % 128 == 0);
 struct SharedLayout {
   int64_t weights, inside, windows, window_bytes, second, stages, total;
   int windows_count, waiting;  // windows in all; of those, the most that wait for their transform
@@ -93,7 +94,7 @@ SharedLayout shared_layout(int window_pixels, bool two, const Axis& r, const Axi
   layout.resident = all <= kResidentBytes;
   layout.waiting = static_cast<int>(ceil_div(stages - 1, steps_of_chunk));
   layout.windows_count = layout.waiting + 1;
-  layout.weights = kRingsAt;
+  layout.weights = kPixelsAt + table_bytes(window_pixels);
   layout.inside = layout.weights + (layout.resident ? all : stages * step);
   layout.windows = layout.inside + layout.waiting * ConvTile<kAcross>::kThreads *
                                        static_cast<int64_t>(sizeof(uint32_t));
@@ -125,9 +126,11 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
   const SharedLayout empty = layout(0, 2);
   const int64_t free_bytes = most_shared_bytes(runtime.device) - empty.stages - Tile::kStagesBytes;
   const int64_t pixel_bytes = (empty.windows_count + (two ? empty.waiting : 0)) *
-                              pitch<T>(kChunk, false) * static_cast<int64_t>(sizeof(T));
-  const int64_t most_window = std::min<int64_t>(
-      free_bytes / pixel_bytes, kMostPiecesPerThread * Tile::kThreads / (kChunk / kPiece));
+                                  pitch<T>(kChunk, false) * static_cast<int64_t>(sizeof(T)) +
+                              static_cast<int64_t>(sizeof(RegionPixel));
+  const int64_t most_window =
+      std::min<int64_t>((free_bytes - kTableRounding) / pixel_bytes,
+                        kMostPiecesPerThread * Tile::kThreads / (kChunk / kPiece));
   tiling.patch = choose_patch(images, r, c, kTilePixels, static_cast<int>(most_window));
   const int window = tiling.patch.window(r, c);
   const auto total = [&](int stages) { return layout(window, stages).total; };
@@ -229,8 +232,9 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   const int64_t all_tiles = tiling.patch.tiles(tiling.images, r, c);
   const int tiles = static_cast<int>((all_tiles - block + blocks - 1) / blocks);
 
-  const Window<T, Source, kChunk / kPiece, false, Tile::kThreads> window(source, r, c, tiling.patch,
-                                                                         tiling.images);
+  const Window<T, Source, kChunk / kPiece, false, Tile::kThreads> window(
+      source, r, c, tiling.patch, tiling.images, reinterpret_cast<RegionPixel*>(shared + kPixelsAt),
+      tiling.patch.window(r, c));
   // use(region) of the results; made anew each time, since it would take registers in every loop.
   const auto with_results = [&](const auto& use) {
     const Axis down = r.results(height), across = c.results(width);
@@ -283,6 +287,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   };
 
   fill_row_table(table, kTilePixels, tiling.patch, r, c, kPitch);
+  window.fill_table();
   if (layout.resident) {
     Step step;
     for (int i = 0; i < steps; ++i, step.advance(r.taps, c.taps, source_channels))
@@ -299,8 +304,8 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   unsigned char* const of_warp = shared + layout.stages + thread / 32 * kWarpBytes;
   float* const stage = reinterpret_cast<float*>(of_warp);
   int64_t* const pixel_starts = reinterpret_cast<int64_t*>(of_warp + kStageBytes);
-  const uint32_t my_pixel =
-      with_results([&](const Region& results) { return results.packed(warp_pixel + lane); });
+  const RegionPixel my_pixel =
+      with_results([&](const Region& results) { return results.pixel(warp_pixel + lane); });
   typename Epilogue::Thread mine(epilogue, my_channel);
 
   Step now;
@@ -346,10 +351,9 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
 
     mine.begin_tile(my_channel);
     __syncwarp();  // the starts of the tile before have been read
-    store_shared(pixel_starts + lane, with_results([&](const Region& results) {
-                   const Walk to(results, places[tile % kPlaces].result, my_pixel, 0, 0);
-                   return to.inside() ? to.offset() : int64_t{-1};
-                 }));
+    const Place& to = places[tile % kPlaces].result;
+    store_shared(pixel_starts + lane,
+                 my_pixel.inside(to) ? my_pixel.element(to, result.count) : int64_t{-1});
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       __syncwarp();  // the rows before have been read

@@ -78,13 +78,8 @@ template <typename T>
 PREACT_DEVICE void fetch_rows(const Rows& rows, const T* from, int64_t channels, int pixels,
                               int pitch, T* to) {
 #pragma unroll 1
-  for (int row = rows.first; row < kPixels; row += rows.step) {
-    T* const at = to + row * pitch + rows.column;
-    if (row < pixels)
-      copy_piece(at, from + row * channels + rows.column);
-    else
-      zero_piece(at);
-  }
+  for (int row = rows.first; row < kPixels; row += rows.step)
+    copy_piece(to + row * pitch + rows.column, from + row * channels + rows.column, row < pixels);
 }
 
 // Vectors of BatchNorm in shared memory, one after the other, `count` channels each.

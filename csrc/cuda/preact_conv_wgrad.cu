@@ -2,15 +2,15 @@
 //   dy = scale' * g' + B' * (u' - mean') + C' of the layer above, h = act(scale * (u - mean) +
 //   shift).
 // Reads g', u' [M', K] once for each 64 or 128 input channels and row of the kernel, u [M, C] once
-// for each 64 output channels and row of the kernel with the halo of its patches (from the cache
-// after the first), writes `splits` partial results of K*C*R*S floats. FLOPs
-// 2*M'*K*C*R*S. Up to 32 by 32 channels: once for each three rows of the kernel.
+// for each 64 or 128 output channels and row of the kernel with the halo of its patches (from the
+// cache after the first), writes `splits` partial results of K*C*R*S floats. FLOPs 2*M'*K*C*R*S. Up
+// to 32 by 32 channels: once for each three rows of the kernel.
 //
-// A block has 64 output channels by 64 input channels, or by 128 where there are as many, so that
-// fewer blocks copy and transform the same gradients; up to three taps of one row of the kernel;
-// and every splits-th patch of 64 pixels. Where there are no more than 32 by 32 channels, and
-// tensor cores, it has three rows of the kernel, so that the prologues run once for all of them.
-// add_splits() adds the splits up, in a fixed order.
+// A block has 64 output channels by 64 input channels, or by 128 where there are as many, a 1x1
+// also of outputs, so that fewer blocks copy and transform the same channels; up to three taps of
+// one row of the kernel; and every splits-th patch of 64 pixels. Where there are no more than 32 by
+// 32 channels, and tensor cores, it has three rows of the kernel, so that the prologues run once
+// for all of them. add_splits() adds the splits up, in a fixed order.
 #include "conv.cuh"
 
 namespace preact {
@@ -26,12 +26,12 @@ struct WgradTile {
   static constexpr int kPixels = kPixels_;
   static constexpr int kOutputs = kDown * 16 * kM, kInputs = kAcross * 8 * kN;
   static constexpr int kThreads = 32 * kDown * kAcross * kRows;
-  static constexpr int64_t kBlocks = kThreads > 192 ? 1 : 2;  // a multiprocessor
+  static constexpr int kBlocks = kThreads > 192 ? 1 : 2;  // a multiprocessor
 };
 template <int kTaps>
 using SquareTile = WgradTile<2, 2, 2, 4, kTaps, 1, 64>;
 template <int kTaps>
-using WideTile = WgradTile<2, 4, 2, 4, kTaps, 1, 64>;
+using WideTile = WgradTile<2, 4, kTaps == 1 ? 4 : 2, 4, kTaps, 1, 64>;
 using NarrowTile = WgradTile<2, 1, 1, 4, 3, 3, 128>;
 
 // Where a tile's windows lie.
@@ -39,23 +39,31 @@ struct WgradPlaces {
   Place grad, input;
 };
 
-// Shared memory, in bytes from its start: the table of rows, axes, the places of tiles, and rings
-// whose slots are used in turn: what is inside of the windows, gradients, second tensors, windows.
-constexpr int kAxesAt =
+// The part of dW that a block has: its first output and input, row of the kernel and tap in it;
+// rows and columns of its windows.
+struct WgradPart {
+  int k, c, row, tap;
+  Axis rows, columns;
+};
+
+// Shared memory, in bytes from its start: the table of rows, the block's part, the places of tiles,
+// the tables of a patch's and a window's pixels, and rings whose slots are used in turn: what is
+// inside of the windows, gradients, second tensors, windows.
+constexpr int kPartAt =
     std::max(SquareTile<1>::kPixels, NarrowTile::kPixels) * static_cast<int>(sizeof(int));
-constexpr int kPlacesAt = kAxesAt + 128;
-static_assert(2 * sizeof(Axis) <= 128);
-constexpr int kInsideAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(WgradPlaces));
-static_assert(kInsideAt % 128 == 0);
+constexpr int kPlacesAt = kPartAt + 128;
+static_assert(sizeof(WgradPart) <= 128);
+constexpr int kPixelsAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(WgradPlaces));
+static_assert(kPixelsAt % 128 == 0);
 struct WgradTiling {
   Patch patch;
   int splits;
   int stages;  // tiles that are copied or multiplied at the same time
-  int64_t grads, second, windows, window_bytes, shared_bytes;
+  int64_t window_pixels, inside, grads, second, windows, window_bytes, shared_bytes;
 };
 
 template <typename T, Activation kActivation, class Tile>
-__global__ __launch_bounds__(Tile::kThreads) void preact_conv_wgrad_kernel(
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgrad_kernel(
     const WgradTiling tiling, const ConvShape s, const Gradient<T> grad,
     const Activated<T, kActivation> input,
     float* partial) {  // [splits, R * S, K, C]
@@ -65,31 +73,31 @@ __global__ __launch_bounds__(Tile::kThreads) void preact_conv_wgrad_kernel(
   constexpr int kM = Tile::kM, kN = Tile::kN;
   constexpr int64_t kGradBytes = Tile::kPixels * kGradPitch * static_cast<int64_t>(sizeof(T));
   const int64_t k = s.output.channels, c = s.input.channels;
-  const int tiles_across = static_cast<int>((c + Tile::kInputs - 1) / Tile::kInputs);
-  const int first_k = static_cast<int>(blockIdx.y) / tiles_across * Tile::kOutputs;
-  const int first_c = static_cast<int>(blockIdx.y) % tiles_across * Tile::kInputs;
-
   const int kernel_width = static_cast<int>(s.kernel_width);
-  const int groups = (kernel_width + kTaps - 1) / kTaps;
-  const int first_row = static_cast<int>(blockIdx.z) / groups * Tile::kRows;
-  const int first_tap = static_cast<int>(blockIdx.z) % groups * kTaps;
-  const int rows_left = static_cast<int>(s.kernel_height) - first_row;
-  const int taps_left = kernel_width - first_tap;
   const Axis grad_rows = forward_axis(s.output.height, s.output.height, 0, 1, 1, 0);
   const Axis grad_columns = forward_axis(s.output.width, s.output.width, 0, 1, 1, 0);
 
   unsigned char* const shared = shared_memory();
   // In shared memory, since what depends on the block would take registers in every loop.
-  Axis* const axes = reinterpret_cast<Axis*>(shared + kAxesAt);
+  WgradPart& part = *reinterpret_cast<WgradPart*>(shared + kPartAt);
   if (threadIdx.x == 0) {
-    axes[0] =
-        forward_axis(s.input.height, s.output.height, first_row,
+    const int tiles_across = static_cast<int>((c + Tile::kInputs - 1) / Tile::kInputs);
+    const int channels = static_cast<int>(blockIdx.y), taps = static_cast<int>(blockIdx.z);
+    const int groups = (kernel_width + kTaps - 1) / kTaps;
+    part.k = channels / tiles_across * Tile::kOutputs;
+    part.c = channels % tiles_across * Tile::kInputs;
+    part.row = taps / groups * Tile::kRows;
+    part.tap = taps % groups * kTaps;
+    const int rows_left = static_cast<int>(s.kernel_height) - part.row;
+    const int taps_left = kernel_width - part.tap;
+    part.rows =
+        forward_axis(s.input.height, s.output.height, part.row,
                      rows_left < Tile::kRows ? rows_left : Tile::kRows, s.stride_height, s.pad_top);
-    axes[1] = forward_axis(s.input.width, s.output.width, first_tap,
-                           taps_left < kTaps ? taps_left : kTaps, s.stride_width, s.pad_left);
+    part.columns = forward_axis(s.input.width, s.output.width, part.tap,
+                                taps_left < kTaps ? taps_left : kTaps, s.stride_width, s.pad_left);
   }
   __syncthreads();
-  const Axis &rows = axes[0], &columns = axes[1];
+  const Axis &rows = part.rows, &columns = part.columns;
   int* const table = reinterpret_cast<int*>(shared);
   WgradPlaces* const places = reinterpret_cast<WgradPlaces*>(shared + kPlacesAt);
   const auto grad_at = [&](int slot) {
@@ -103,22 +111,25 @@ __global__ __launch_bounds__(Tile::kThreads) void preact_conv_wgrad_kernel(
   };
   // of this thread's pieces alone
   const auto inside_at = [&](int slot) {
-    return reinterpret_cast<uint32_t*>(shared + kInsideAt) + 2 * kThreads * slot + threadIdx.x;
+    return reinterpret_cast<uint32_t*>(shared + tiling.inside) + 2 * kThreads * slot + threadIdx.x;
   };
 
   const Window<T, Gradient<T>, Tile::kOutputs / kPiece, true, kThreads> dy(
-      grad, grad_rows, grad_columns, tiling.patch, s.input.images, Tile::kPixels);
+      grad, grad_rows, grad_columns, tiling.patch, s.input.images,
+      reinterpret_cast<RegionPixel*>(shared + kPixelsAt), Tile::kPixels);
   const Window<T, Activated<T, kActivation>, Tile::kInputs / kPiece, true, kThreads> h(
-      input, rows, columns, tiling.patch, s.input.images);
+      input, rows, columns, tiling.patch, s.input.images,
+      reinterpret_cast<RegionPixel*>(shared + tiling.window_pixels),
+      tiling.patch.window(rows, columns));
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int warp = thread / 32, tap_row = warp % Tile::kRows;
   const int warp_k = warp / Tile::kRows / Tile::kAcross * 16 * kM;
   const int warp_c = warp / Tile::kRows % Tile::kAcross * 8 * kN;
   // A tile of 128 input channels has them all.
-  const int64_t channels_left = c - first_c - warp_c;
+  const int64_t channels_left = c - part.c - warp_c;
   const int live =
       Tile::kInputs < 128 && channels_left < 8 * kN ? static_cast<int>(channels_left) : 8 * kN;
-  const bool works = live > 0 && first_k + warp_k < k && tap_row < rows.taps;
+  const bool works = live > 0 && part.k + warp_k < k && tap_row < rows.taps;
 
   float sums[kTaps][kM][kN][4] = {};
   const int64_t all_tiles = tiling.patch.tiles(s.input.images, rows, columns);
@@ -133,40 +144,43 @@ __global__ __launch_bounds__(Tile::kThreads) void preact_conv_wgrad_kernel(
     if (tile < tiles) {
       const WgradPlaces& place = places[tile % kPlaces];
       uint32_t* const inside = inside_at(slot);
-      store_shared(inside, dy.fetch(place.grad, first_k, grad_at(slot), second_at(second)));
-      store_shared(inside + kThreads, h.fetch(place.input, first_c, window_at(slot), nullptr));
+      store_shared(inside, dy.fetch(place.grad, part.k, grad_at(slot), second_at(second)));
+      store_shared(inside + kThreads, h.fetch(place.input, part.c, window_at(slot), nullptr));
     }
     copies_commit();
   };
   fill_row_table(table, Tile::kPixels, tiling.patch, rows, columns, kPitch);
+  dy.fill_table();
+  h.fill_table();
   const int copied = tiling.stages - 1;  // tiles
   if (thread == 0)
     for (int tile = 0; tile <= copied; ++tile) find_places(tile);
   __syncthreads();
-  for (int tile = 0; tile < copied; ++tile) fetch(tile, tile, tile);
-  int slot = 0, second = 0;
-  for (int tile = 0; tile < tiles; ++tile) {
-    if (thread == 0) find_places(tile + tiling.stages);
-    copies_wait(tiling.stages - 2);
-    const uint32_t* const inside = inside_at(slot);
-    dy.transform(first_k, load_shared(inside), grad_at(slot), second_at(second));
-    h.transform(first_c, load_shared(inside + kThreads), window_at(slot), nullptr);
-    __syncthreads();
-    fetch(tile + copied, slot > 0 ? slot - 1 : copied, second);  // where everybody has finished
+  // The slots of the tile whose copies start, while the one `copied` before it is multiplied; that
+  // one's second tensor has been read when they do.
+  int next = 0, second = 0;
+  for (int tile = -copied; tile < tiles; ++tile) {
+    const int slot = next_slot(next, tiling.stages);
+    if (tile >= 0) {
+      if (thread == 0) find_places(tile + tiling.stages);
+      copies_wait(tiling.stages - 2);
+      const uint32_t* const inside = inside_at(slot);
+      dy.transform(part.k, load_shared(inside), grad_at(slot), second_at(second));
+      h.transform(part.c, load_shared(inside + kThreads), window_at(slot), nullptr);
+      __syncthreads();
+    }
+    fetch(tile + copied, next, second);
+    next = slot;
+    second = next_slot(second, copied);
+    if (tile < 0 || !works) continue;
     const T* const a = grad_at(slot) + warp_k;
     const T* const b = window_at(slot) + tap_row * h.region.columns() * kPitch + warp_c;
-    slot = next_slot(slot, tiling.stages);
-    second = next_slot(second, copied);
-    if (!works) continue;
 #pragma unroll
     for (int p0 = 0; p0 < Tile::kPixels; p0 += 16) {
       if (p0 >= tiling.patch.pixels()) break;
-#pragma unroll
-      for (int t = 0; t < kTaps; ++t)
-        if (t < columns.taps)
-          multiply<T, true, true>(
-              sums[t], live, [&](int m, int p) { return a + (p0 + p) * kGradPitch + m; },
-              [&](int n, int p) { return b + load_shared(table + p0 + p) + t * kPitch + n; });
+      multiply<T, true, true>(
+          sums, columns.taps, live, [&](int m, int p) { return a + (p0 + p) * kGradPitch + m; },
+          [&](int t, int n, int p) { return b + load_shared(table + p0 + p) + t * kPitch + n; });
     }
   }
 
@@ -179,10 +193,10 @@ __global__ __launch_bounds__(Tile::kThreads) void preact_conv_wgrad_kernel(
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int64_t row = first_k + warp_k + 16 * m + 8 * h + lane / 4;
-          const int64_t column = first_c + warp_c + 8 * n + lane % 4 * 2;
+          const int64_t row = part.k + warp_k + 16 * m + 8 * h + lane / 4;
+          const int64_t column = part.c + warp_c + 8 * n + lane % 4 * 2;
           if (t >= columns.taps || row >= k || column >= c) continue;
-          const int64_t tap = int64_t{first_row + tap_row} * kernel_width + first_tap + t;
+          const int64_t tap = int64_t{part.row + tap_row} * kernel_width + part.tap + t;
           const int64_t plane = blockIdx.x * s.kernel_height * s.kernel_width + tap;
           float* const to = partial + (plane * k + row) * c + column;
           const float2 pair = make_float2(sums[t][m][n][2 * h], sums[t][m][n][2 * h + 1]);
@@ -215,8 +229,8 @@ WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int64_t byt
   return {choose_splits(to_fill, read, partial_bytes, tiles), channel_tiles, tap_groups};
 }
 
-// Whether tiles of 128 input channels, in 16 bits, leave none over and give no multiprocessor more
-// to do than tiles of 64.
+// Whether wide tiles, in 16 bits, leave no input channels over and give no multiprocessor more to
+// multiply than square ones.
 template <typename T, int kTaps>
 bool wide(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   using Square = SquareTile<kTaps>;
@@ -225,12 +239,12 @@ bool wide(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   if (s.input.channels % Wide::kInputs != 0 || most_shared_bytes(runtime.device) < kWideBytes)
     return false;
   const int64_t tiles = ceil_div(s.output.pixels(), Square::kPixels);
-  const auto of_busiest = [&](const WgradGrid& grid) {
+  const auto of_busiest = [&]<class Tile>(const Tile&) {
+    const WgradGrid grid = wgrad_grid<Tile>(runtime, s, sizeof(T), tiles);
     const int64_t blocks = ceil_div(grid.blocks(), multiprocessors(runtime.device));
-    return blocks * ceil_div(tiles, grid.splits);
+    return blocks * ceil_div(tiles, grid.splits) * Tile::kOutputs * Tile::kInputs;
   };
-  return 2 * of_busiest(wgrad_grid<Wide>(runtime, s, sizeof(T), tiles)) <=
-         of_busiest(wgrad_grid<Square>(runtime, s, sizeof(T), tiles));
+  return of_busiest(Wide()) <= of_busiest(Square());
 }
 
 template <typename T, Activation kActivation, class Tile>
@@ -252,7 +266,10 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   constexpr int64_t kGradBytes = Tile::kPixels * pitch<T>(Tile::kOutputs, true) * kBytes;
   const auto lay_out = [&](WgradTiling tiling, int64_t window, int stages) {
     tiling.stages = stages;
-    tiling.grads = kInsideAt + 2 * Tile::kThreads * stages * static_cast<int64_t>(sizeof(uint32_t));
+    tiling.window_pixels = kPixelsAt + table_bytes(Tile::kPixels);
+    tiling.inside = tiling.window_pixels + table_bytes(window);
+    tiling.grads =
+        tiling.inside + 2 * Tile::kThreads * stages * static_cast<int64_t>(sizeof(uint32_t));
     tiling.second = tiling.grads + stages * kGradBytes;
     tiling.windows = tiling.second + (op.grad.output ? stages - 1 : 0) * kGradBytes;
     tiling.window_bytes = window * kPixelBytes;
@@ -261,8 +278,10 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   };
   const int64_t fixed = lay_out({}, 0, 2).shared_bytes;
   using Inputs = Window<T, Activated<T, kActivation>, Tile::kInputs / kPiece, true, Tile::kThreads>;
-  const int64_t most_window = std::min<int64_t>(
-      (most_shared_bytes(runtime.device) - fixed) / (2 * kPixelBytes), Inputs::kMostPixels);
+  const int64_t most_window =
+      std::min<int64_t>((most_shared_bytes(runtime.device) - fixed - kTableRounding) /
+                            (2 * kPixelBytes + static_cast<int64_t>(sizeof(RegionPixel))),
+                        Inputs::kMostPixels);
   WgradTiling tiling{};
   tiling.patch =
       choose_patch(s.input.images, rows, columns, Tile::kPixels, static_cast<int>(most_window));

@@ -62,6 +62,13 @@ PREACT_DEVICE uint32_t narrow_pair(float low, float high, f16) {
   return out;
 }
 
+// NaN stays NaN.
+PREACT_DEVICE float not_negative(float x) {
+  float out;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // 1 / x to the last bit but one, of a normal number
 PREACT_DEVICE float reciprocal(float x) {
   float out;
@@ -121,10 +128,13 @@ PREACT_DEVICE void store_shared(Bytes16* p, Bytes16 v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
-// Copies 16 bytes from global into shared memory; there after copies_wait() by the same thread.
-PREACT_DEVICE void copy16(void* shared, const void* global) {
+// Copies 16 bytes from global into shared memory, or zeros if they are not there, which are not
+// looked for then; done after copies_wait() by the same thread.
+PREACT_DEVICE void copy16(void* shared, const void* global, bool there) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(there ? 16 : 0)
+               : "memory");
 }
 // Ends a group of copies, which may be empty.
 PREACT_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -102,6 +102,8 @@ uint32_t narrow_pair(float low, float high, T) {
   return narrow_one(low, T{}) | narrow_one(high, T{}) << 16;
 }
 
+inline float not_negative(float x) { return x < 0.f ? 0.f : x; }
+
 // As far off as the instruction may be.
 inline float reciprocal(float x) { return std::nextafter(1.f / x, 2.f); }
 
@@ -136,20 +138,23 @@ PREACT_DEVICE void store(T* p, T v) {
 template <typename T>
 PREACT_DEVICE T load_shared(const T* p) {
   if (sizeof(T) == 16) emulator::check_aligned(p, "load_shared");
-  return emulator::count(emulator::kSharedRead, p, sizeof(T)) ? *p : T{1};
+  emulator::count(emulator::kSharedRead, p, sizeof(T));
+  return *p;
 }
 template <typename T>
 PREACT_DEVICE void store_shared(T* p, T v) {
   if (sizeof(T) == 16) emulator::check_aligned(p, "store_shared");
-  if (emulator::count(emulator::kSharedWritten, p, sizeof(T))) *p = v;
+  emulator::count(emulator::kSharedWritten, p, sizeof(T));
+  *p = v;
 }
 
-PREACT_DEVICE void copy16(void* shared, const void* global) {
+PREACT_DEVICE void copy16(void* shared, const void* global, bool there) {
+  static constexpr Bytes16 kZeros{};
   emulator::check_aligned(shared, "copy16");
   emulator::check_aligned(global, "copy16");
-  const bool there = emulator::count(emulator::kCopied, global, 16);
+  const bool data = !there || emulator::count(emulator::kCopied, global, 16);
   emulator::count(emulator::kSharedWritten, shared, 16);
-  if (there) emulator::copy_later(shared, global);
+  if (data) emulator::copy_later(shared, there ? global : &kZeros);
 }
 inline void copies_commit() { emulator::end_group(); }
 inline void copies_wait(int newest) { emulator::finish_copies(newest); }

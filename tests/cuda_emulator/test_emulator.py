@@ -404,15 +404,17 @@ def test_checks_name_the_argument(emulator):
 
 @pytest.mark.skipif(SANITIZED, reason="builds by itself")
 @pytest.mark.parametrize(
-    ("kernel", "shape", "dweight"),
+    ("kernel", "before", "shape", "dweight"),
     [
-        ("preact_conv_wgrad", SHAPES[4], "preact_conv_wgrad"),
-        ("preact_conv_backward", POINTWISE[3], "preact_conv_backward (1)"),
+        ("preact_conv_wgrad", "  __syncthreads();\n    }\n", SHAPES[4], "preact_conv_wgrad"),
+        (
+            *("preact_conv_backward", "  __syncthreads();\n    fetch(tile"),
+            *(POINTWISE[3], "preact_conv_backward (1)"),
+        ),
     ],
 )
-def test_missing_barrier_is_found(emulator, tmp_path, kernel, shape, dweight):
+def test_missing_barrier_is_found(emulator, tmp_path, kernel, before, shape, dweight):
     """A weight gradient without the barrier between the prologue and the multiplication."""
-    before = "    __syncthreads();\n    fetch(tile"
     cuda = broken(tmp_path, f"{kernel}.cu", before, before.replace("__syncthreads();", ""))
     namespace = f"{kernel}_race"
     library = build(
@@ -570,14 +572,14 @@ def test_wide_tiles_need_room_and_blocks_enough(emulator):
 
 
 def test_wide_tiles_of_wgrad_give_no_multiprocessor_more(emulator):
-    """128 input channels a block: 16 bits, none left over, and as many blocks as keep all busy."""
+    """128 channels a block: 16 bits, no inputs left over, and as many blocks as keep all busy."""
 
-    def threads(dtype, channels, multiprocessors, shared_bytes):
-        u, g = torch.zeros(2, channels, 16, 16, dtype=dtype), torch.zeros(2, 64, 16, 16)
+    def threads(dtype, channels, multiprocessors, shared_bytes, outputs=128, kernel=1):
+        u, g = torch.zeros(2, channels, 16, 16, dtype=dtype), torch.zeros(2, outputs, 16, 16)
         with emulator.recording(multiprocessors, shared_bytes) as launches:
             emulator.operators.preact_conv_wgrad(
-                *(g.to(dtype), None, None, None, u, None, (1, 1)),
-                *((1, 1), (0,) * 4, (1, 1), 1, "relu"),
+                *(g.to(dtype), None, None, None, u, None, (kernel, kernel)),
+                *((1, 1), (kernel // 2,) * 4, (1, 1), 1, "relu"),
             )
         return launches[0].threads
 
@@ -585,8 +587,11 @@ def test_wide_tiles_of_wgrad_give_no_multiprocessor_more(emulator):
     assert threads(torch.bfloat16, 128, 2, 99 * 1024) == 128
     assert threads(torch.bfloat16, 192, 2, 163 * 1024) == 128
     assert threads(torch.float32, 128, 2, 163 * 1024) == 128
-    # five tiles of 128 on four multiprocessors: one has two, four of 64 in place of three
+    # five tiles of 128 on four multiprocessors: one has two, eight of 64 in place of five
     assert threads(torch.bfloat16, 640, 4, 163 * 1024) == 128
+    # of a 1x1 they have 128 outputs as well: of 64, half would be empty
+    assert threads(torch.bfloat16, 128, 2, 163 * 1024, outputs=64) == 128
+    assert threads(torch.bfloat16, 128, 3, 163 * 1024, outputs=64, kernel=3) == 256
 
 
 def test_statistics_of_a_mean_far_from_zero(emulator):

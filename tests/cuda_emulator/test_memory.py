@@ -168,12 +168,20 @@ def test_convolutions_touch_what_their_heads_say(emulator, kernel, dtype):
     hold(counts, reads, vectors, results, (scratch, scratch))
 
 
-def test_wgrad_of_few_channels_reads_its_operands_once(emulator):
-    """All three rows of the kernel in a block, in 16 bits."""
-    layer = Layer(torch.bfloat16, 32, 32, 3)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "halo"),
+    [
+        (32, 3, 9 / 8),  # all three rows of the kernel; an 8x16 patch reads 9 rows of 16
+        (128, 1, 1),  # 128 by 128 channels
+    ],
+)
+def test_wgrad_of_one_block_across_reads_its_operands_once(emulator, channels, kernel, halo):
+    """Where a block has all of dW, in 16 bits."""
+    layer = Layer(torch.bfloat16, channels, channels, kernel)
     results, counts, grid = count(emulator, "preact_conv_wgrad", layer.calls()["preact_conv_wgrad"])
+    assert grid[1:] == (1, 1)
     scratch = grid[0] * 4 * layer.weight.numel()
-    reads = {layer.g: 1, layer.y: 1, layer.u: 9 / 8}  # an 8x16 patch reads 9 rows of 16
+    reads = {layer.g: 1, layer.y: 1, layer.u: halo}
     vectors = [layer.affine, layer.y_affine, layer.y_sums]
     hold(counts, reads, vectors, results, (scratch, scratch))
 
@@ -255,6 +263,7 @@ STRIDED = {("conv.cuh", MATRIX_READ, 16): 2}
         (256, 64, 1, VECTORS | WIDE),
         (64, 256, 1, VECTORS | WIDE),
         (64, 64, 3, VECTORS),
+        (128, 128, 1, VECTORS | WIDE),
         (128, 128, 3, VECTORS | WIDE),
         (32, 32, 3, VECTORS | NARROW),
         (64, 16, 1, VECTORS | NARROW),
