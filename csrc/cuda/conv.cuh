@@ -17,8 +17,9 @@ namespace preact::cuda {
 
 constexpr int kMostPiecesPerThread = 32;    // of a window: one bit each says which are not padding
 constexpr int64_t kWideBytes = 160 * 1024;  // of shared memory that a device has for wide tiles
-constexpr int kMostStages = 4;              // steps that are copied or multiplied at the same time
-constexpr int kMostSide = 1024;             // rows or columns of a tile's region
+constexpr int64_t kWidestBytes = 220 * 1024;
+constexpr int kMostStages = 4;   // steps that are copied or multiplied at the same time
+constexpr int kMostSide = 1024;  // rows or columns of a tile's region
 // Tiles whose places are in shared memory: what is stored, multiplied and copied, and the next one.
 constexpr int kPlaces = 8;
 static_assert(kPlaces >= kMostStages + 2);

@@ -1,5 +1,6 @@
 // The kernel body of preact_conv_forward and preact_conv_dgrad: tiles of 128 pixels by 64 channels,
-// or by 128 where there are as many, so that fewer blocks copy and transform the same pixels.
+// or by 128 or 256 where there are as many, so that fewer blocks copy and transform the same
+// pixels.
 //
 // Blocks stay: each walks over tiles of the same channels, with the weights resident in shared
 // memory where they are small. A step is 32 source channels and up to three taps in one row of the
@@ -22,10 +23,7 @@ __host__ __device__ constexpr int stage_column(int c) { return c + c / 32 * 4; }
 constexpr int kStagePitch = stage_column(kWarpChannels);
 constexpr int kStageRows = 16;  // of a warp's results that are on their way at once
 
-// Of a warp: those results, and where in the result tensor each of its 32 pixels goes.
 constexpr int64_t kStageBytes = kStageRows * kStagePitch * static_cast<int64_t>(sizeof(float));
-constexpr int64_t kWarpBytes = kStageBytes + 32 * static_cast<int64_t>(sizeof(int64_t));
-static_assert(kWarpBytes % 128 == 0);
 constexpr int64_t kResidentBytes = 48 * 1024;  // of weights that stay
 
 // Where a tile's window and results lie.
@@ -33,12 +31,13 @@ struct TilePlaces {
   Place source, result;
 };
 
-// Shared memory, in bytes from its start; the table of rows comes first, that of the window's
-// pixels before the weights. Windows, weights, the second tensors and what is inside of windows are
-// rings: slots are used in turn.
+// Shared memory, in bytes from its start; the table of rows comes first, those of the result's and
+// the window's pixels before the weights. Windows, weights, the second tensors and what is inside
+// of windows are rings: slots are used in turn.
 constexpr int kAxesAt = kTilePixels * static_cast<int>(sizeof(int));
 constexpr int kPlacesAt = kAxesAt + 128;
-constexpr int kPixelsAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(TilePlaces));
+constexpr int kResultsAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(TilePlaces));
+constexpr int kPixelsAt = kResultsAt + kTilePixels * static_cast<int>(sizeof(RegionPixel));
 static_assert(kPixelsAt % 128 == 0);
 struct SharedLayout {
   int64_t weights, inside, windows, window_bytes, second, stages, total;
@@ -46,12 +45,18 @@ struct SharedLayout {
   bool resident;               // all weights stay, else those of as many steps as there are stages
 };
 
-// kAcross: warps side by side, each with 64 channels.
+// kAcross: warps side by side, each with 64 channels. The more pixels a warp has, the less often
+// all of them read the same weights; no more than 256 threads have registers for so many.
 template <int kAcross>
 struct ConvTile {
   static constexpr int kChannels = kAcross * kWarpChannels;
-  static constexpr int kWarpsDown = kTilePixels / 32;
+  static constexpr int kWarpPixels = kAcross == 4 ? 64 : 32;
+  static constexpr int kWarpsDown = kTilePixels / kWarpPixels;
   static constexpr int kThreads = 32 * kWarpsDown * kAcross;
+  // Of a warp: its stage, and where in the result tensor each of its pixels goes.
+  static constexpr int64_t kWarpBytes =
+      kStageBytes + kWarpPixels * static_cast<int64_t>(sizeof(int64_t));
+  static_assert(kWarpBytes % 128 == 0);
   static constexpr int64_t kStagesBytes = kWarpsDown * kAcross * kWarpBytes;
   static constexpr int64_t kReduceBytes =
       reduce_floats(Moments::kValues, kThreads / (kChannels / kPiece), kChannels, kThreads) *
@@ -76,7 +81,7 @@ __host__ __device__ constexpr int taps_of_step(int taps) {
 }
 
 // A shared tile of weights for one tap: forward [64 of K, 32 of C], dgrad [32 of K, 64 of C]; or
-// 128.
+// 128, or 256.
 template <typename T, bool kDgrad, int kAcross>
 constexpr int kWeightPitch = pitch<T>(kDgrad ? ConvTile<kAcross>::kChannels : kChunk, kDgrad);
 template <typename T, bool kDgrad, int kAcross>
@@ -147,16 +152,25 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
   return {tiling, {static_cast<unsigned>(blocks * tiles_across), 1, static_cast<unsigned>(phases)}};
 }
 
-// Calls run.operator()<kAcross>(): tiles of 128 channels in 16 bits, where none is left over,
-// enough blocks remain to fill the device, and its shared memory has room for them.
-template <typename T, typename F>
+// Calls run.operator()<kAcross>(): tiles of 128 or 256 channels in 16 bits, where none is left
+// over, enough blocks remain to fill the device, and its shared memory has room for them; of 256
+// where no multiprocessor has more to multiply than with 128, and for ReLU: SiLU would spill.
+template <typename T, Activation kActivation, typename F>
 void choose_tile(const CudaRuntime& runtime, int64_t pixels, int64_t result_channels, F&& run) {
-  using Wide = ConvTile<2>;
   if constexpr (sizeof(T) == 2) {
-    const int64_t tiles = pixels / kTilePixels * (result_channels / Wide::kChannels);
-    if (result_channels % Wide::kChannels == 0 && tiles >= multiprocessors(runtime.device) &&
-        most_shared_bytes(runtime.device) >= kWideBytes)
-      return run.template operator()<2>();
+    const int64_t all = multiprocessors(runtime.device);
+    const auto tiles = [&](int channels) {
+      return pixels / kTilePixels * (result_channels / channels);
+    };
+    const auto fills = [&](int channels, int64_t shared_bytes) {
+      return result_channels % channels == 0 && tiles(channels) >= all &&
+             most_shared_bytes(runtime.device) >= shared_bytes;
+    };
+    const auto of_busiest = [&](int channels) { return ceil_div(tiles(channels), all) * channels; };
+    if constexpr (kActivation == Activation::kRelu)
+      if (fills(256, kWidestBytes) && of_busiest(256) <= of_busiest(128))
+        return run.template operator()<4>();
+    if (fills(128, kWideBytes)) return run.template operator()<2>();
   }
   run.template operator()<1>();
 }
@@ -193,8 +207,8 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
                               int64_t height, int64_t width, const Epilogue& epilogue,
                               const ReductionMemory& memory, const Reduced& reduced) {
   constexpr int kPitch = pitch<T>(kChunk, false);
-  constexpr int kM = 2, kN = 8;  // a warp has 32 pixels by 64 channels
   using Tile = ConvTile<kAcross>;
+  constexpr int kM = Tile::kWarpPixels / 16, kN = kWarpChannels / 8;
   const SharedLayout& layout = tiling.shared;
   unsigned char* const shared = shared_memory();
   int* const table = reinterpret_cast<int*>(shared);
@@ -216,13 +230,13 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   };
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const int warp_pixel = thread / 32 % Tile::kWarpsDown * 32;
+  const int warp_pixel = thread / 32 % Tile::kWarpsDown * Tile::kWarpPixels;
   const int warp_channel = thread / 32 / Tile::kWarpsDown * kWarpChannels;
   const int tiles_across = static_cast<int>((result.count + Tile::kChannels - 1) / Tile::kChannels);
   const int first_channel = static_cast<int>(blockIdx.x) % tiles_across * Tile::kChannels;
   const int block = static_cast<int>(blockIdx.x) / tiles_across;
   const int blocks = static_cast<int>(gridDim.x) / tiles_across;
-  // A tile of 128 channels has them all.
+  // A tile of more than 64 channels has them all.
   const int64_t channels_left = result.count - first_channel;
   const int live = kAcross == 1 && channels_left < kWarpChannels ? static_cast<int>(channels_left)
                                                                  : kWarpChannels;
@@ -288,6 +302,11 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
 
   fill_row_table(table, kTilePixels, tiling.patch, r, c, kPitch);
   window.fill_table();
+  RegionPixel* const results = reinterpret_cast<RegionPixel*>(shared + kResultsAt);
+  with_results([&](const Region& region) {
+    for (int m = thread; m < kTilePixels; m += Tile::kThreads)
+      store_shared(results + m, region.pixel(m));
+  });
   if (layout.resident) {
     Step step;
     for (int i = 0; i < steps; ++i, step.advance(r.taps, c.taps, source_channels))
@@ -301,11 +320,9 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
 
   const int column = lane % live_pieces, row = lane / live_pieces, rows = 32 / live_pieces;
   const int my_channel = first_channel + warp_channel + column * kPiece;
-  unsigned char* const of_warp = shared + layout.stages + thread / 32 * kWarpBytes;
+  unsigned char* const of_warp = shared + layout.stages + thread / 32 * Tile::kWarpBytes;
   float* const stage = reinterpret_cast<float*>(of_warp);
   int64_t* const pixel_starts = reinterpret_cast<int64_t*>(of_warp + kStageBytes);
-  const RegionPixel my_pixel =
-      with_results([&](const Region& results) { return results.pixel(warp_pixel + lane); });
   typename Epilogue::Thread mine(epilogue, my_channel);
 
   Step now;
@@ -352,8 +369,12 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
     mine.begin_tile(my_channel);
     __syncwarp();  // the starts of the tile before have been read
     const Place& to = places[tile % kPlaces].result;
-    store_shared(pixel_starts + lane,
-                 my_pixel.inside(to) ? my_pixel.element(to, result.count) : int64_t{-1});
+#pragma unroll
+    for (int m = lane; m < Tile::kWarpPixels; m += 32) {
+      const RegionPixel pixel = load_shared(results + warp_pixel + m);
+      store_shared(pixel_starts + m,
+                   pixel.inside(to) ? pixel.element(to, result.count) : int64_t{-1});
+    }
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       __syncwarp();  // the rows before have been read

@@ -105,7 +105,7 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
       most_of(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left);
   const int phases = static_cast<int>(s.stride_height * s.stride_width);
   dispatch_conv(op, [&]<typename T, Activation kActivation>() {
-    choose_tile<T>(runtime, s.input.pixels(), c, [&]<int kAcross>() {
+    choose_tile<T, kActivation>(runtime, s.input.pixels(), c, [&]<int kAcross>() {
       const int64_t groups = ceil_div(c, ConvTile<kAcross>::kChannels);
       const Gradient<T> source(op.grad, op.shape.output);
       const auto kernel = preact_conv_dgrad_kernel<T, kActivation, kAcross>;

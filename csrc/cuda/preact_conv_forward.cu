@@ -67,7 +67,7 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
   const Axis columns = forward_axis(s.input.width, s.output.width, 0,
                                     static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
   dispatch_conv(op, [&]<typename T, Activation kActivation>() {
-    choose_tile<T>(runtime, s.output.pixels(), k, [&]<int kAcross>() {
+    choose_tile<T, kActivation>(runtime, s.output.pixels(), k, [&]<int kAcross>() {
       const int64_t groups = ceil_div(k, ConvTile<kAcross>::kChannels);
       const auto kernel = preact_conv_forward_kernel<T, kActivation, kAcross>;
       const auto [tiling, grid] = tile_conv<T, false, kAcross>(runtime, kernel, images, rows,

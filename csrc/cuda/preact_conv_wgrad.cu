@@ -1,16 +1,16 @@
 // preact_conv_wgrad: dW[k, c, r, s] = sum over pixels of dy[p, k] * h[p at tap (r, s), c],
 //   dy = scale' * g' + B' * (u' - mean') + C' of the layer above, h = act(scale * (u - mean) +
 //   shift).
-// Reads g', u' [M', K] once for each 64 or 128 input channels and row of the kernel, u [M, C] once
-// for each 64 or 128 output channels and row of the kernel with the halo of its patches (from the
-// cache after the first), writes `splits` partial results of K*C*R*S floats. FLOPs 2*M'*K*C*R*S. Up
-// to 32 by 32 channels: once for each three rows of the kernel.
+// Reads g', u' [M', K] once for each 64 to 256 input channels and each row, or three rows, of the
+// kernel, u [M, C] once for each 64 or 128 output channels and these rows with the halo of its
+// patches (from the cache after the first), writes `splits` partial results of K*C*R*S floats.
+// FLOPs 2*M'*K*C*R*S.
 //
-// A block has 64 output channels by 64 input channels, or by 128 where there are as many, a 1x1
-// also of outputs, so that fewer blocks copy and transform the same channels; up to three taps of
-// one row of the kernel; and every splits-th patch of 64 pixels. Where there are no more than 32 by
-// 32 channels, and tensor cores, it has three rows of the kernel, so that the prologues run once
-// for all of them. add_splits() adds the splits up, in a fixed order.
+// A block has 64 output by 64 input channels, three taps of one row of the kernel, and every
+// splits-th patch of 64 pixels. In 16 bits, where enough blocks remain, it has more, so that fewer
+// blocks copy and transform the same channels: three rows of the kernel, or 128 outputs by 128 or
+// 256 inputs of a 1x1. Up to 32 by 32 channels have three rows and a tile of their own.
+// add_splits() adds the splits up, in a fixed order.
 #include "conv.cuh"
 
 namespace preact {
@@ -30,8 +30,9 @@ struct WgradTile {
 };
 template <int kTaps>
 using SquareTile = WgradTile<2, 2, 2, 4, kTaps, 1, 64>;
-template <int kTaps>
-using WideTile = WgradTile<2, 4, kTaps == 1 ? 4 : 2, 4, kTaps, 1, 64>;
+using TallTile = WgradTile<2, 2, 2, 4, 3, 3, 64>;
+using WideTile = WgradTile<2, 4, 4, 4, 1, 1, 64>;
+using WidestTile = WgradTile<2, 4, 4, 8, 1, 1, 64>;
 using NarrowTile = WgradTile<2, 1, 1, 4, 3, 3, 128>;
 
 // Where a tile's windows lie.
@@ -125,10 +126,10 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgr
   const int warp = thread / 32, tap_row = warp % Tile::kRows;
   const int warp_k = warp / Tile::kRows / Tile::kAcross * 16 * kM;
   const int warp_c = warp / Tile::kRows % Tile::kAcross * 8 * kN;
-  // A tile of 128 input channels has them all.
+  // A tile of more than 64 input channels has them all.
   const int64_t channels_left = c - part.c - warp_c;
   const int live =
-      Tile::kInputs < 128 && channels_left < 8 * kN ? static_cast<int>(channels_left) : 8 * kN;
+      Tile::kInputs <= 64 && channels_left < 8 * kN ? static_cast<int>(channels_left) : 8 * kN;
   const bool works = live > 0 && part.k + warp_k < k && tap_row < rows.taps;
 
   float sums[kTaps][kM][kN][4] = {};
@@ -229,22 +230,20 @@ WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int64_t byt
   return {choose_splits(to_fill, read, partial_bytes, tiles), channel_tiles, tap_groups};
 }
 
-// Whether wide tiles, in 16 bits, leave no input channels over and give no multiprocessor more to
-// multiply than square ones.
-template <typename T, int kTaps>
-bool wide(const CudaRuntime& runtime, const PreactConvWgrad& op) {
-  using Square = SquareTile<kTaps>;
-  using Wide = WideTile<kTaps>;
+// Whether larger tiles leave no input channels over and give no multiprocessor more to multiply
+// than square ones.
+template <typename T, class Tile, class Square>
+bool pays(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   const ConvShape s = flattened(op.shape);
-  if (s.input.channels % Wide::kInputs != 0 || most_shared_bytes(runtime.device) < kWideBytes)
-    return false;
+  if (Tile::kInputs > 64 && s.input.channels % Tile::kInputs != 0) return false;
   const int64_t tiles = ceil_div(s.output.pixels(), Square::kPixels);
-  const auto of_busiest = [&]<class Tile>(const Tile&) {
-    const WgradGrid grid = wgrad_grid<Tile>(runtime, s, sizeof(T), tiles);
+  const auto of_busiest = [&]<class Any>(const Any&) {
+    const WgradGrid grid = wgrad_grid<Any>(runtime, s, sizeof(T), tiles);
     const int64_t blocks = ceil_div(grid.blocks(), multiprocessors(runtime.device));
-    return blocks * ceil_div(tiles, grid.splits) * Tile::kOutputs * Tile::kInputs;
+    return blocks * ceil_div(tiles, grid.splits) * Any::kOutputs * Any::kInputs * Any::kTaps *
+           Any::kRows;
   };
-  return of_busiest(Wide()) <= of_busiest(Square());
+  return of_busiest(Tile()) <= of_busiest(Square());
 }
 
 template <typename T, Activation kActivation, class Tile>
@@ -310,15 +309,29 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
                       runtime.context);
 }
 
-template <typename T, Activation kActivation, int kTaps>
+template <typename T, Activation kActivation>
+void choose_tile_of_1x1(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+  using Square = SquareTile<1>;
+  if constexpr (sizeof(T) == 2) {
+    const bool room = most_shared_bytes(runtime.device) >= kWideBytes;
+    if (room && pays<T, WidestTile, Square>(runtime, op))
+      return run<T, kActivation, WidestTile>(runtime, op);
+    if (room && pays<T, WideTile, Square>(runtime, op))
+      return run<T, kActivation, WideTile>(runtime, op);
+  }
+  run<T, kActivation, Square>(runtime, op);
+}
+
+template <typename T, Activation kActivation>
 void choose_tile(const CudaRuntime& runtime, const PreactConvWgrad& op) {
-  if constexpr (kTaps > 1 && !std::is_same_v<T, float>)
+  using Square = SquareTile<3>;
+  if constexpr (!std::is_same_v<T, float>)
     if (op.shape.output.channels <= NarrowTile::kOutputs &&
         op.shape.input.channels <= NarrowTile::kInputs)
       return run<T, kActivation, NarrowTile>(runtime, op);
   if constexpr (sizeof(T) == 2)
-    if (wide<T, kTaps>(runtime, op)) return run<T, kActivation, WideTile<kTaps>>(runtime, op);
-  run<T, kActivation, SquareTile<kTaps>>(runtime, op);
+    if (pays<T, TallTile, Square>(runtime, op)) return run<T, kActivation, TallTile>(runtime, op);
+  run<T, kActivation, Square>(runtime, op);
 }
 
 }  // namespace
@@ -327,9 +340,9 @@ void choose_tile(const CudaRuntime& runtime, const PreactConvWgrad& op) {
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   cuda::dispatch_conv(op, [&]<typename T, Activation kActivation>() {
     if (op.shape.kernel_width == 1)
-      cuda::choose_tile<T, kActivation, 1>(runtime, op);
+      cuda::choose_tile_of_1x1<T, kActivation>(runtime, op);
     else
-      cuda::choose_tile<T, kActivation, 3>(runtime, op);
+      cuda::choose_tile<T, kActivation>(runtime, op);
   });
 }
 

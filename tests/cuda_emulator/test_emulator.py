@@ -280,9 +280,9 @@ def test_units_whose_reductions_need_more_zeros(emulator):
     )
 
 
-@pytest.mark.parametrize(("filters", "sums"), [(64, 1), (512, 2)])
+@pytest.mark.parametrize(("filters", "sums"), [(64, 1), (512, 3)])
 def test_partial_weight_gradients_of_units_are_added_up_together(emulator, filters, sums):
-    """In one launch; where they are 9 MB each, as soon as the next would be more than 64."""
+    """In one launch; where they are 19 MB each, as soon as the next would be more than 64."""
     unit = [(filters, 3, 1)] * 9, "none", None
     o = units_operands(torch.bfloat16, [unit], lambda _: True, False)
     _, inputs, affines, _ = Chain(reference).preact_units_forward(
@@ -554,44 +554,89 @@ def test_out_of_bounds_write_is_found(sanitized, tmp_path):
 
 
 def test_wide_tiles_need_room_and_blocks_enough(emulator):
-    """128 channels a tile, 256 threads: 16 bits, a large shared memory, a tile a multiprocessor."""
+    """128 or 256 channels a tile: 16 bits, a large shared memory, a tile a multiprocessor."""
 
-    def threads(dtype, channels, multiprocessors, shared_bytes):
+    def tile(channels, multiprocessors, shared_bytes, dtype=torch.bfloat16, activation="relu"):
         u, weight = torch.zeros(2, 8, 16, 16, dtype=dtype), torch.zeros(channels, 8, 3, 3)
         with emulator.recording(multiprocessors, shared_bytes) as launches:
             emulator.operators.preact_conv_forward(
-                *(u, None, weight.to(dtype), None, (1, 1), (1,) * 4, (1, 1), 1, "relu", False)
+                *(u, None, weight.to(dtype), None, (1, 1), (1,) * 4, (1, 1), 1, activation, False)
             )
-        return launches[0].threads
+        return 64 * int(re.search(r", (\d)>", launches[0].kernel)[1])
 
-    assert threads(torch.bfloat16, 128, 4, 163 * 1024) == 256
-    assert threads(torch.bfloat16, 128, 5, 163 * 1024) == 128
-    assert threads(torch.bfloat16, 128, 4, 99 * 1024) == 128
-    assert threads(torch.bfloat16, 192, 4, 163 * 1024) == 128
-    assert threads(torch.float32, 128, 4, 163 * 1024) == 128
+    assert tile(128, 4, 163 * 1024) == 128
+    assert tile(128, 5, 163 * 1024) == 64
+    assert tile(128, 4, 99 * 1024) == 64
+    assert tile(192, 4, 163 * 1024) == 64
+    assert tile(128, 4, 163 * 1024, dtype=torch.float32) == 64
+    assert tile(256, 4, 227 * 1024) == 256
+    assert tile(256, 4, 163 * 1024) == 128
+    assert tile(384, 4, 227 * 1024) == 128
+    assert tile(256, 4, 227 * 1024, activation="silu") == 128
+    # four tiles of 256 on three multiprocessors: one has two, three of 128 in place of four
+    assert tile(256, 3, 227 * 1024) == 128
 
 
-def test_wide_tiles_of_wgrad_give_no_multiprocessor_more(emulator):
-    """128 channels a block: 16 bits, no inputs left over, and as many blocks as keep all busy."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        (Shape(2, 16, 8, 16, 256, (3, 3), padding=(1, 1, 1, 1)), "preact_conv_forward"),
+        (Shape(4, 40, 9, 15, 256, (1, 1)), "preact_conv_forward"),
+        (Shape(2, 256, 8, 16, 16, (3, 3), padding=(1, 1, 1, 1)), "preact_conv_dgrad"),
+        (Shape(2, 256, 11, 13, 24, (3, 3), (2, 2), (1, 1, 1, 1)), "preact_conv_dgrad"),
+        (Shape(4, 256, 9, 15, 520, (1, 1)), "preact_conv_dgrad"),
+    ],
+)
+def test_tiles_of_256_channels(emulator, shape, kernel, dtype):
+    """On a device with the room: as the reference has it, in whatever order threads and blocks run.
 
-    def threads(dtype, channels, multiprocessors, shared_bytes, outputs=128, kernel=1):
-        u, g = torch.zeros(2, channels, 16, 16, dtype=dtype), torch.zeros(2, outputs, 16, 16)
-        with emulator.recording(multiprocessors, shared_bytes) as launches:
+    520 source channels: the weights do not stay.
+    """
+    truth = run(reference, shape, dtype, "relu", True)
+    results = []
+    with emulator.recording(2, 227 * 1024) as launches:
+        run(emulator.operators, shape, dtype, "relu", True)
+    names = [launch.kernel for launch in launches if launch.kernel.startswith(kernel)]
+    assert names and all(", 4>" in name for name in names)
+    with emulator.device(2, 227 * 1024):
+        for seed in range(2):
+            emulator.seed(seed)
+            results.append(run(emulator.operators, shape, dtype, "relu", True))
+    assert_close(results[0], truth, dtype)
+    for name, first in results[0].items():
+        assert torch.equal(first, results[1][name]), name
+
+
+def test_larger_tiles_of_wgrad_give_no_multiprocessor_more(emulator):
+    """In 16 bits, with room, no inputs left over, and as many blocks as keep all busy."""
+
+    def tile(outputs, inputs, multiprocessors, kernel=1, room=163 * 1024, dtype=torch.bfloat16):
+        """Outputs, inputs and rows of the kernel of a block."""
+        u, g = torch.zeros(2, inputs, 16, 16, dtype=dtype), torch.zeros(2, outputs, 16, 16)
+        with emulator.recording(multiprocessors, room) as launches:
             emulator.operators.preact_conv_wgrad(
                 *(g.to(dtype), None, None, None, u, None, (kernel, kernel)),
                 *((1, 1), (kernel // 2,) * 4, (1, 1), 1, "relu"),
             )
-        return launches[0].threads
+        name = launches[0].kernel
+        down, across, m, n, _, rows, _ = map(int, re.search(r"Tile<([\d, ]+)>", name)[1].split(","))
+        return down * 16 * m, across * 8 * n, rows
 
-    assert threads(torch.bfloat16, 128, 2, 163 * 1024) == 256
-    assert threads(torch.bfloat16, 128, 2, 99 * 1024) == 128
-    assert threads(torch.bfloat16, 192, 2, 163 * 1024) == 128
-    assert threads(torch.float32, 128, 2, 163 * 1024) == 128
-    # five tiles of 128 on four multiprocessors: one has two, eight of 64 in place of five
-    assert threads(torch.bfloat16, 640, 4, 163 * 1024) == 128
-    # of a 1x1 they have 128 outputs as well: of 64, half would be empty
-    assert threads(torch.bfloat16, 128, 2, 163 * 1024, outputs=64) == 128
-    assert threads(torch.bfloat16, 128, 3, 163 * 1024, outputs=64, kernel=3) == 256
+    assert tile(128, 128, 2) == (128, 128, 1)
+    assert tile(128, 256, 2) == (128, 256, 1)
+    assert tile(128, 384, 3) == (128, 128, 1)
+    assert tile(64, 128, 2) == (64, 64, 1)  # half of 128 would be empty
+    assert tile(128, 192, 2) == (64, 64, 1)
+    assert tile(128, 128, 2, room=99 * 1024) == (64, 64, 1)
+    assert tile(128, 128, 2, dtype=torch.float32) == (64, 64, 1)
+    # five tiles of 128 on four multiprocessors: one has two, five of 64 in place of eight
+    assert tile(128, 640, 4) == (64, 64, 1)
+    assert tile(64, 64, 2, kernel=3) == (64, 64, 3)
+    assert tile(65, 65, 4, kernel=3) == (64, 64, 3)
+    # five blocks of three rows on four multiprocessors: fifteen of a row are four in place of six
+    assert tile(64, 320, 4, kernel=3) == (64, 64, 1)
+    assert tile(64, 64, 2, kernel=3, dtype=torch.float32) == (64, 64, 1)
 
 
 def test_statistics_of_a_mean_far_from_zero(emulator):

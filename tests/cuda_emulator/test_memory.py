@@ -140,7 +140,8 @@ def test_pointwise_kernels_touch_each_value_once(emulator, dtype):
 def test_convolutions_touch_what_their_heads_say(emulator, kernel, dtype):
     """Each input once, of a 3x3 also its patches' halo; each output once; the weights once a block.
 
-    wgrad reads its operands for each row of the kernel, and its partial results once.
+    wgrad reads its operands for each row of the kernel, in 16 bits for all three at once, and its
+    partial results once.
     """
     layer = Layer(dtype, 64, 64, kernel)
     calls = layer.calls()
@@ -160,11 +161,14 @@ def test_convolutions_touch_what_their_heads_say(emulator, kernel, dtype):
     hold(counts, reads, vectors, results, scratch_of_sums(grid[0]))
 
     results, counts, grid = count(emulator, "preact_conv_wgrad", calls["preact_conv_wgrad"])
-    # of u, the first and the last row of the kernel read a row of each image less
-    rows = kernel - (2 / SIZE if kernel == 3 else 0)
+    # of u, the first and the last row of the kernel read a row of each image less; 8x8 patches of a
+    # 16x16 image read 9 rows and columns
+    times, rows = kernel, kernel - (2 / SIZE if kernel == 3 else 0)
+    if kernel == 3 and dtype != torch.float32:
+        times, rows = 1, (9 / 8) ** 2
     splits = grid[0]
     scratch = splits * 4 * layer.weight.numel()
-    reads = {layer.g: kernel, layer.y: kernel, layer.u: rows}
+    reads = {layer.g: times, layer.y: times, layer.u: rows}
     hold(counts, reads, vectors, results, (scratch, scratch))
 
 
@@ -272,6 +276,12 @@ STRIDED = {("conv.cuh", MATRIX_READ, 16): 2}
 def test_fast_paths_use_whole_sectors_and_no_bank_twice(emulator, channels, filters, kernel, known):
     """Every access of a warp, in 16 bits: what is known above, and nothing else."""
     assert waste_of(emulator, Layer(torch.bfloat16, channels, filters, kernel)) == known
+
+
+def test_tiles_of_256_channels_use_whole_sectors_and_no_bank_twice(emulator):
+    with emulator.device(2, 227 * 1024):
+        layer = Layer(torch.bfloat16, 256, 256, 1)
+        assert waste_of(emulator, layer) == VECTORS | WIDE
 
 
 # A few times a tile: vectors of BatchNorm in float32, by halves, and results of fewer channels than
