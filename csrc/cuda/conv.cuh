@@ -162,27 +162,29 @@ struct Origin {
   }
 };
 
-// Where a tile's region lies in its tensor [N, H, W, C]: the first and the last image, row and
-// column that are there, as a RegionPixel compares them, and the first element of its first pixel,
-// which may be none of the tensor's.
+// An image, a row and a column of a tile's region in one number, with a spare bit above each, which
+// goes where a larger one is subtracted.
+constexpr uint32_t kGuards = 1u << 31 | 1u << 21 | 1u << 10;
+__host__ __device__ constexpr uint32_t pack(int image, int row, int column) {
+  return static_cast<uint32_t>(image << 22 | row << 11 | column);
+}
+constexpr int kNowhere = 511;  // an image that no patch has
+
+// Where a tile's region lies in its tensor [N, H, W, C]: the first image, row and column that are
+// there, the last ones, with 2 * kGuards, and the first element of the region's first pixel, which
+// may be none of the tensor's.
 struct Place {
   uint32_t first, last;
   int64_t start;
 
-  __host__ __device__ static Place nowhere() { return {1, 0x80400800, 0}; }
+  __host__ __device__ static Place nowhere() { return {1, 2 * kGuards, 0}; }
 };
 
 // A pixel of a region, the same in every tile: its image, row and column, and how many of the
 // tensor's pixels it is behind the region's first one.
 struct alignas(8) RegionPixel {
-  static constexpr uint32_t kGuards = 1u << 31 | 1u << 21 | 1u << 10;
-  static constexpr int kNowhere = 511;  // an image that no patch has
-  uint32_t packed, offset;              // pack(), and kGuards
+  uint32_t packed, offset;  // pack(), and kGuards
 
-  __host__ __device__ static constexpr uint32_t pack(int image, int row, int column) {
-    return static_cast<uint32_t>(image << 22 | row << 11 | column);
-  }
-  // A guard above each of the three goes where a larger number is subtracted.
   PREACT_DEVICE bool inside(const Place& place) const {
     return ((packed - place.first) & (place.last - packed) & kGuards) == kGuards;
   }
@@ -215,12 +217,11 @@ struct Region {
   PREACT_DEVICE int pixels() const { return patch.window(r, c); }
 
   PREACT_DEVICE RegionPixel pixel(int i) const {
-    constexpr uint32_t kGuards = RegionPixel::kGuards;
-    if (i >= pixels()) return {RegionPixel::pack(RegionPixel::kNowhere, 0, 0) | kGuards, 0};
+    if (i >= pixels()) return {pack(kNowhere, 0, 0) | kGuards, 0};
     const int of_image = rows() * columns();
     const int image = i / of_image, row = i % of_image / columns(), column = i % columns();
     const int64_t line = image * r.source + row * r.gather;
-    return {RegionPixel::pack(image, row, column) | kGuards,
+    return {pack(image, row, column) | kGuards,
             static_cast<uint32_t>(line * c.source + column * c.gather)};
   }
 
@@ -244,8 +245,7 @@ struct Region {
     const int bottom = end_inside(y, r.gather, rows(), r.source);
     const int right = end_inside(x, c.gather, columns(), c.source);
     if (there == 0 || top >= bottom || left >= right) return Place::nowhere();
-    return {RegionPixel::pack(0, top, left),
-            RegionPixel::pack(there - 1, bottom - 1, right - 1) + 2 * RegionPixel::kGuards,
+    return {pack(0, top, left), pack(there - 1, bottom - 1, right - 1) + 2 * kGuards,
             ((o.image * r.source + y) * c.source + x) * channels};
   }
 };
