@@ -133,7 +133,8 @@ def ninja_file(sources: list[str], torch: Path, library: Path, cuda: Cuda | str)
     nvcc, cuda_flags = "nvcc", []
     if isinstance(cuda, Cuda):
         nvcc, cuda_flags = quote(cuda.nvcc), cuda.flags
-        sources = [*listed("sources_cuda.txt"), *sources]
+        longest, *others = sources  # to compile, of all
+        sources = [longest, *listed("sources_cuda.txt"), *others]
         # The runtime is our own, so that no other version of it is needed or disturbed.
         libraries += [f"-L{cuda.libraries}", "-Wl,--exclude-libs,libcudart_static.a"]
         libraries += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]

@@ -109,9 +109,17 @@ class Kernel:
     def per_unit(self, name: str, bits: int, beside: str | None = None) -> float:
         """Instructions that the loops with `name` issue for each; a LookupError if none has it.
 
-        beside: another instruction that such a loop must have as well.
+        beside: another instruction that such a loop must have as well. Of kernels for any
+        activation it is ReLU's loop: without the exponential.
         """
-        return self._per_unit(name, bits, lambda x: not beside or x.count(beside) > 0)
+        any_activation = self.name.startswith("preact_conv_wgrad")
+
+        def chosen(loop: Loop) -> bool:
+            return (not beside or loop.count(beside) > 0) and not (
+                any_activation and loop.count("MUFU")
+            )
+
+        return self._per_unit(name, bits, chosen)
 
     def per_copy(self, *, weights: bool) -> float:
         """Likewise for each asynchronous copy of weights, or of windows, in 16 bits.

@@ -34,7 +34,7 @@ void bn_stats(const CudaRuntime& runtime, Dtype dtype, const ImageShape& shape, 
   using namespace cuda;
   const Pointwise p(shape, runtime, {input});
   const ReductionMemory memory(runtime, Moments::kValues, p.grid.x, shape.channels, p.grid.y);
-  dispatch(dtype, Activation::kRelu, [&]<typename T, Activation>() {
+  dispatch_dtype(dtype, [&]<typename T>() {
     launch("bn_stats", bn_stats_kernel<T>, p.grid, kPointwiseThreads,
            p.shared_bytes(Moments::kValues), runtime.device, runtime.stream, p, memory,
            static_cast<const T*>(input), static_cast<float*>(stats));

@@ -252,25 +252,50 @@ struct Region {
 
 // --- operands ------------------------------------------------------------------------------------
 
+// act(bn(u)) of a piece of u
+template <Activation kActivation>
+struct Activate {
+  Affine bn;
+
+  PREACT_DEVICE void operator()(Piece& v, const Piece&) const {
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) v[j] = activate<kActivation>(bn.z(j, v[j]));
+  }
+};
+
 // h = act(bn(u)), or u itself
-template <typename T, Activation kActivation>
-struct Activated {
+template <typename T>
+struct Input {
   static constexpr bool kTwo = false;
   Channels channels;
   const T* first;       // u [N, H, W, C]
   const float* affine;  // [4, C] or null
 
   PREACT_DEVICE bool plain() const { return !affine; }
+  PREACT_DEVICE Affine bn(int64_t channel) const { return {affine, channels, channel}; }
+};
 
-  struct Function {
-    Affine bn;
-    PREACT_DEVICE Function(const Activated& a, int64_t channel)
-        : bn(a.affine, a.channels, channel) {}
-    PREACT_DEVICE void operator()(Piece& v, const Piece&) const {
-#pragma unroll
-      for (int j = 0; j < kPiece; ++j) v[j] = activate<kActivation>(bn.z(j, v[j]));
-    }
-  };
+// By one activation. use(function) of the pieces from `channel` on.
+template <typename T, Activation kActivation>
+struct Activated : Input<T> {
+  template <typename F>
+  PREACT_DEVICE void with_function(int64_t channel, const F& use) const {
+    use(Activate<kActivation>{this->bn(channel)});
+  }
+};
+
+// By any, in one kernel.
+template <typename T>
+struct AnyActivated : Input<T> {
+  Activation activation;
+
+  template <typename F>
+  PREACT_DEVICE void with_function(int64_t channel, const F& use) const {
+    if (activation == Activation::kRelu)
+      use(Activate<Activation::kRelu>{this->bn(channel)});
+    else
+      use(Activate<Activation::kSilu>{this->bn(channel)});
+  }
 };
 
 // dy of an OutputGrad
@@ -296,13 +321,15 @@ struct Gradient {
 
   struct Function {
     BnGrad bn;
-    PREACT_DEVICE Function(const Gradient& g, int64_t channel)
-        : bn(g.affine, g.sums, g.inverse_count, g.channels, channel) {}
     PREACT_DEVICE void operator()(Piece& v, const Piece& u) const {
 #pragma unroll
       for (int j = 0; j < kPiece; ++j) v[j] = bn.du(j, v[j], u[j]);
     }
   };
+  template <typename F>
+  PREACT_DEVICE void with_function(int64_t channel, const F& use) const {
+    use(Function{{affine, sums, inverse_count, channels, channel}});
+  }
 };
 
 // Elements from one row of a shared tile to the next: 16 bytes more, so that ldmatrix finds eight
@@ -427,18 +454,19 @@ struct Window {
   PREACT_DEVICE void transform(int64_t channel, uint32_t inside, T* buffer, const T* second) const {
     channel += column();
     if (source.channels.valid(channel) <= 0 || source.plain()) return;
-    const typename Source::Function function(source, channel);
-    int bit = 0;
+    source.with_function(channel, [&](const auto& function) {
+      int bit = 0;
 #pragma unroll 1
-    for (int w = first_pixel(); w < pixels; w += kRowStep, ++bit) {
-      if (!(inside >> bit & 1)) continue;
-      const int at = w * kPitch + column();
-      Piece v, u{};
-      read_piece(buffer + at, v);
-      if constexpr (Source::kTwo) read_piece(second + at, u);
-      function(v, u);
-      write_piece(buffer + at, v);
-    }
+      for (int w = first_pixel(); w < pixels; w += kRowStep, ++bit) {
+        if (!(inside >> bit & 1)) continue;
+        const int at = w * kPitch + column();
+        Piece v, u{};
+        read_piece(buffer + at, v);
+        if constexpr (Source::kTwo) read_piece(second + at, u);
+        function(v, u);
+        write_piece(buffer + at, v);
+      }
+    });
   }
 };
 

@@ -19,6 +19,22 @@ inline Channels channels_of(int64_t count, std::initializer_list<const void*> po
   return {count, vectors};
 }
 
+// Calls f.operator()<T>().
+template <typename F>
+void dispatch_dtype(Dtype dtype, F&& f) {
+  if (dtype == Dtype::kFloat32) return f.template operator()<float>();
+  if (dtype == Dtype::kBFloat16) return f.template operator()<bf16>();
+  if (dtype == Dtype::kFloat16) return f.template operator()<f16>();
+  throw std::invalid_argument("input: expected float32, bfloat16 or float16");
+}
+
+// Likewise for a convolution: T is tf32 for float32 that may be rounded as it is multiplied.
+template <class Op, typename F>
+void dispatch_conv_dtype(const Op& op, F&& f) {
+  if (op.dtype == Dtype::kFloat32 && op.allow_tf32) return f.template operator()<tf32>();
+  dispatch_dtype(op.dtype, f);
+}
+
 template <typename T, typename F>
 void dispatch_activation(Activation activation, F&& f) {
   if (activation == Activation::kRelu)
@@ -30,18 +46,11 @@ void dispatch_activation(Activation activation, F&& f) {
 // Calls f.operator()<T, activation>().
 template <typename F>
 void dispatch(Dtype dtype, Activation activation, F&& f) {
-  if (dtype == Dtype::kFloat32) return dispatch_activation<float>(activation, f);
-  if (dtype == Dtype::kBFloat16) return dispatch_activation<bf16>(activation, f);
-  if (dtype == Dtype::kFloat16) return dispatch_activation<f16>(activation, f);
-  throw std::invalid_argument("input: expected float32, bfloat16 or float16");
+  dispatch_dtype(dtype, [&]<typename T>() { dispatch_activation<T>(activation, f); });
 }
-
-// Likewise for a convolution: T is tf32 for float32 that may be rounded as it is multiplied.
 template <class Op, typename F>
 void dispatch_conv(const Op& op, F&& f) {
-  if (op.dtype == Dtype::kFloat32 && op.allow_tf32)
-    return dispatch_activation<tf32>(op.activation, f);
-  dispatch(op.dtype, op.activation, f);
+  dispatch_conv_dtype(op, [&]<typename T>() { dispatch_activation<T>(op.activation, f); });
 }
 
 // Memory for partial results of `groups` reductions of `parts` blocks, with tickets at zero.

@@ -75,9 +75,9 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
       const int64_t parts = grid.x / groups;
       ReductionMemory memory;
       if (op.stats) memory = {runtime, Moments::kValues, parts, k, groups};
-      const Activated<T, kActivation> source{channels_of(c, {op.input, op.affine}),
-                                             static_cast<const T*>(op.input),
-                                             static_cast<const float*>(op.affine)};
+      const Activated<T, kActivation> source{{channels_of(c, {op.input, op.affine}),
+                                              static_cast<const T*>(op.input),
+                                              static_cast<const float*>(op.affine)}};
       const ForwardEpilogue<T> epilogue{channels_of(k, {op.residual, op.output}),
                                         static_cast<const T*>(op.residual),
                                         static_cast<T*>(op.output)};

@@ -63,10 +63,10 @@ struct WgradTiling {
   int64_t window_pixels, inside, grads, second, windows, window_bytes, shared_bytes;
 };
 
-template <typename T, Activation kActivation, class Tile>
+template <typename T, class Tile>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgrad_kernel(
     const WgradTiling tiling, const ConvShape s, const Gradient<T> grad,
-    const Activated<T, kActivation> input,
+    const AnyActivated<T> input,
     float* partial) {  // [splits, R * S, K, C]
   constexpr int kThreads = Tile::kThreads, kTaps = Tile::kTaps;
   constexpr int kGradPitch = pitch<T>(Tile::kOutputs, true);
@@ -118,7 +118,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgr
   const Window<T, Gradient<T>, Tile::kOutputs / kPiece, true, kThreads> dy(
       grad, grad_rows, grad_columns, tiling.patch, s.input.images,
       reinterpret_cast<RegionPixel*>(shared + kPixelsAt), Tile::kPixels);
-  const Window<T, Activated<T, kActivation>, Tile::kInputs / kPiece, true, kThreads> h(
+  const Window<T, AnyActivated<T>, Tile::kInputs / kPiece, true, kThreads> h(
       input, rows, columns, tiling.patch, s.input.images,
       reinterpret_cast<RegionPixel*>(shared + tiling.window_pixels),
       tiling.patch.window(rows, columns));
@@ -246,7 +246,7 @@ bool pays(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   return 8 * of_busiest(Tile()) <= 9 * of_busiest(Square());
 }
 
-template <typename T, Activation kActivation, class Tile>
+template <typename T, class Tile>
 void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   const ConvShape s = flattened(op.shape);
   const int64_t k = s.output.channels, c = s.input.channels;
@@ -276,7 +276,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
     return tiling;
   };
   const int64_t fixed = lay_out({}, 0, 2).shared_bytes;
-  using Inputs = Window<T, Activated<T, kActivation>, Tile::kInputs / kPiece, true, Tile::kThreads>;
+  using Inputs = Window<T, AnyActivated<T>, Tile::kInputs / kPiece, true, Tile::kThreads>;
   const int64_t most_window =
       std::min<int64_t>((most_shared_bytes(runtime.device) - fixed - kTableRounding) /
                             (2 * kPixelBytes + static_cast<int64_t>(sizeof(RegionPixel))),
@@ -285,7 +285,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   tiling.patch =
       choose_patch(s.input.images, rows, columns, Tile::kPixels, static_cast<int>(most_window));
   const int64_t window = tiling.patch.window(rows, columns);
-  const auto kernel = preact_conv_wgrad_kernel<T, kActivation, Tile>;
+  const auto kernel = preact_conv_wgrad_kernel<T, Tile>;
   const int stages = choose_stages(runtime, kernel, Tile::kThreads, Tile::kBlocks, [&](int stages) {
     return lay_out(tiling, window, stages).shared_bytes;
   });
@@ -298,9 +298,10 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   float* const partial =
       static_cast<float*>(runtime.allocate_partial(tiling.splits * partial_bytes, runtime.context));
 
-  const Activated<T, kActivation> input{channels_of(c, {op.input, op.affine}),
-                                        static_cast<const T*>(op.input),
-                                        static_cast<const float*>(op.affine)};
+  const AnyActivated<T> input{
+      {channels_of(c, {op.input, op.affine}), static_cast<const T*>(op.input),
+       static_cast<const float*>(op.affine)},
+      op.activation};
   const Grid grid{static_cast<unsigned>(blocks.splits), static_cast<unsigned>(blocks.channel_tiles),
                   static_cast<unsigned>(blocks.tap_groups)};
   launch("preact_conv_wgrad", kernel, grid, Tile::kThreads, tiling.shared_bytes, runtime.device,
@@ -309,40 +310,38 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
                       runtime.context);
 }
 
-template <typename T, Activation kActivation>
+template <typename T>
 void choose_tile_of_1x1(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   using Square = SquareTile<1>;
   if constexpr (sizeof(T) == 2) {
     const bool room = most_shared_bytes(runtime.device) >= kWideBytes;
-    if (room && pays<T, WidestTile, Square>(runtime, op))
-      return run<T, kActivation, WidestTile>(runtime, op);
-    if (room && pays<T, WideTile, Square>(runtime, op))
-      return run<T, kActivation, WideTile>(runtime, op);
+    if (room && pays<T, WidestTile, Square>(runtime, op)) return run<T, WidestTile>(runtime, op);
+    if (room && pays<T, WideTile, Square>(runtime, op)) return run<T, WideTile>(runtime, op);
   }
-  run<T, kActivation, Square>(runtime, op);
+  run<T, Square>(runtime, op);
 }
 
-template <typename T, Activation kActivation>
+template <typename T>
 void choose_tile(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   using Square = SquareTile<3>;
   if constexpr (!std::is_same_v<T, float>)
     if (op.shape.output.channels <= NarrowTile::kOutputs &&
         op.shape.input.channels <= NarrowTile::kInputs)
-      return run<T, kActivation, NarrowTile>(runtime, op);
+      return run<T, NarrowTile>(runtime, op);
   if constexpr (sizeof(T) == 2)
-    if (pays<T, TallTile, Square>(runtime, op)) return run<T, kActivation, TallTile>(runtime, op);
-  run<T, kActivation, Square>(runtime, op);
+    if (pays<T, TallTile, Square>(runtime, op)) return run<T, TallTile>(runtime, op);
+  run<T, Square>(runtime, op);
 }
 
 }  // namespace
 }  // namespace cuda
 
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op) {
-  cuda::dispatch_conv(op, [&]<typename T, Activation kActivation>() {
+  cuda::dispatch_conv_dtype(op, [&]<typename T>() {
     if (op.shape.kernel_width == 1)
-      cuda::choose_tile_of_1x1<T, kActivation>(runtime, op);
+      cuda::choose_tile_of_1x1<T>(runtime, op);
     else
-      cuda::choose_tile<T, kActivation>(runtime, op);
+      cuda::choose_tile<T>(runtime, op);
   });
 }
 

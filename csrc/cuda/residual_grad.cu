@@ -38,7 +38,7 @@ void residual_grad(const CudaRuntime& runtime, Dtype dtype, const ImageShape& sh
                    const void* sums, void* dinput) {
   using namespace cuda;
   const Pointwise p(shape, runtime, {grad, g, input, affine, sums, dinput});
-  dispatch(dtype, Activation::kRelu, [&]<typename T, Activation>() {
+  dispatch_dtype(dtype, [&]<typename T>() {
     launch("residual_grad", residual_grad_kernel<T>, p.grid, kPointwiseThreads, 0, runtime.device,
            runtime.stream, p, static_cast<const T*>(grad), static_cast<const T*>(g),
            static_cast<const T*>(input), static_cast<const float*>(affine),
