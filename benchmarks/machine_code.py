@@ -43,7 +43,13 @@ class Loop:
         return sum(i.name == name and bits in (None, i.bits) for i in self.instructions)
 
     def fast_path(self) -> list[Instruction]:
-        """Without the branches for memory that is no whole vectors."""
+        """Without the branches for memory that is no whole vectors, and for another activation."""
+        return self._path_without(_is_narrow, _is_exponential) or (
+            self._path_without(_is_narrow) or self.instructions
+        )
+
+    def _path_without(self, *avoided: Callable[[Instruction], bool]) -> list[Instruction]:
+        """The blocks on ways through the loop that meet no avoided instruction; [] if none does."""
         first, last = self.instructions[0].address, self.instructions[-1].address
         leaders = {first} | {i.target for i in self.instructions if i.target is not None}
         blocks: list[list[Instruction]] = []
@@ -52,9 +58,7 @@ class Loop:
                 blocks.append([])
             blocks[-1].append(i)
         starts = {block[0].address: n for n, block in enumerate(blocks)}
-
-        def narrow(block: list[Instruction]) -> bool:
-            return any(i.name in ("LDG", "STG") and i.bits < 64 for i in block)
+        closed = [any(avoid(i) for i in block for avoid in avoided) for block in blocks]
 
         following: dict[int, list[int]] = {}
         for n, block in enumerate(blocks):
@@ -62,8 +66,8 @@ class Loop:
             to = [starts[end.target]] if end.target in starts else []
             if not (end.name == "BRA" and end.opcode == "BRA!") and n + 1 < len(blocks):
                 to.append(n + 1)
-            following[n] = [m for m in to if m > n and not narrow(blocks[m])]
-        reached, stack = set(), [0]
+            following[n] = [m for m in to if m > n and not closed[m]]
+        reached, stack = set(), [] if closed[0] else [0]
         while stack:
             n = stack.pop()
             if n not in reached:
@@ -73,7 +77,16 @@ class Loop:
         for n in sorted(reached, reverse=True):
             if blocks[n][-1].address == last or any(m in useful for m in following[n]):
                 useful.add(n)
-        return [i for n in sorted(useful) for i in blocks[n]] or self.instructions
+        return [i for n in sorted(useful) for i in blocks[n]]
+
+
+def _is_narrow(i: Instruction) -> bool:
+    return i.name in ("LDG", "STG") and i.bits < 64
+
+
+def _is_exponential(i: Instruction) -> bool:
+    """SiLU's."""
+    return i.opcode.startswith("MUFU.EX2")
 
 
 @dataclass
@@ -109,32 +122,28 @@ class Kernel:
     def per_unit(self, name: str, bits: int, beside: str | None = None) -> float:
         """Instructions that the loops with `name` issue for each; a LookupError if none has it.
 
-        beside: another instruction that such a loop must have as well. Of kernels for any
-        activation it is ReLU's loop: without the exponential.
+        beside: another instruction that such a loop must have as well. Where activations have loops
+        of their own, it is ReLU's that count.
         """
-        any_activation = self.name.startswith("preact_conv_wgrad")
-
-        def chosen(loop: Loop) -> bool:
-            return (not beside or loop.count(beside) > 0) and not (
-                any_activation and loop.count("MUFU")
-            )
-
-        return self._per_unit(name, bits, chosen)
+        found = [x for x in self.loops if x.count(name, bits) and (not beside or x.count(beside))]
+        plain = [x for x in found if not any(map(_is_exponential, x.instructions))]
+        return self._per_unit(name, bits, plain or found)
 
     def per_copy(self, *, weights: bool) -> float:
         """Likewise for each asynchronous copy of weights, or of windows, in 16 bits.
 
         Where they lie at no multiple of 16 bytes, weights are stored number by number.
         """
-        return self._per_unit("LDGSTS", 128, lambda x: (x.count("STS", 16) > 0) == weights)
+        loops = [x for x in self.loops if x.count("LDGSTS", 128)]
+        of_operand = [x for x in loops if (x.count("STS", 16) > 0) == weights]
+        return self._per_unit("LDGSTS", 128, of_operand)
 
     @property
     def copies_weights(self) -> bool:
         """Whether weights have loops of their own: not in the kernels with weight gradients."""
         return not self.name.startswith(("preact_conv_wgrad", "preact_conv_backward"))
 
-    def _per_unit(self, name: str, bits: int, chosen: Callable[[Loop], bool]) -> float:
-        loops = [loop for loop in self.loops if loop.count(name, bits) and chosen(loop)]
+    def _per_unit(self, name: str, bits: int, loops: list[Loop]) -> float:
         paths = [loop.fast_path() for loop in loops]
         units = sum(i.name == name and i.bits == bits for path in paths for i in path)
         if not units:

@@ -25,6 +25,15 @@ PREACT_DEVICE float slope(float z) {
   return sigmoid * (1.f + z * (1.f - sigmoid));
 }
 
+// Calls f.operator()<activation>(), chosen at run time: a kernel for each would take twice as long
+// to build. Without kSilu it is ReLU.
+template <bool kSilu, typename F>
+PREACT_DEVICE void with_activation(Activation activation, const F& f) {
+  if constexpr (kSilu)
+    if (activation == Activation::kSilu) return f.template operator()<Activation::kSilu>();
+  f.template operator()<Activation::kRelu>();
+}
+
 // Where BatchNorm's affine [4, C] goes, and what it is made of beside the statistics.
 struct AffineMaker {
   const float* weight;  // [C] or null: 1

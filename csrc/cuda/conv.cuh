@@ -250,6 +250,15 @@ struct Region {
   }
 };
 
+// Fills the table of a region's first `count` pixels, by all of kThreads threads; a barrier has to
+// follow.
+template <int kThreads>
+PREACT_DEVICE void fill_pixel_table(const Region& region, int count, RegionPixel* table) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
+    store_shared(table + i, region.pixel(i));
+}
+
 // --- operands ------------------------------------------------------------------------------------
 
 // act(bn(u)) of a piece of u
@@ -263,38 +272,22 @@ struct Activate {
   }
 };
 
-// h = act(bn(u)), or u itself
-template <typename T>
-struct Input {
+// h = act(bn(u)), or u itself; without kSilu, act is ReLU
+template <typename T, bool kSilu>
+struct Activated {
   static constexpr bool kTwo = false;
   Channels channels;
   const T* first;       // u [N, H, W, C]
   const float* affine;  // [4, C] or null
-
-  PREACT_DEVICE bool plain() const { return !affine; }
-  PREACT_DEVICE Affine bn(int64_t channel) const { return {affine, channels, channel}; }
-};
-
-// By one activation. use(function) of the pieces from `channel` on.
-template <typename T, Activation kActivation>
-struct Activated : Input<T> {
-  template <typename F>
-  PREACT_DEVICE void with_function(int64_t channel, const F& use) const {
-    use(Activate<kActivation>{this->bn(channel)});
-  }
-};
-
-// By any, in one kernel.
-template <typename T>
-struct AnyActivated : Input<T> {
   Activation activation;
 
+  PREACT_DEVICE bool plain() const { return !affine; }
+  // use(function) of the pieces from `channel` on.
   template <typename F>
   PREACT_DEVICE void with_function(int64_t channel, const F& use) const {
-    if (activation == Activation::kRelu)
-      use(Activate<Activation::kRelu>{this->bn(channel)});
-    else
-      use(Activate<Activation::kSilu>{this->bn(channel)});
+    const Affine bn(affine, channels, channel);
+    with_activation<kSilu>(activation,
+                           [&]<Activation kActivation>() { use(Activate<kActivation>{bn}); });
   }
 };
 
@@ -405,12 +398,7 @@ struct Window {
         table(table),
         pixels(pixels) {}
 
-  // To be called by all threads, and a barrier behind it.
-  PREACT_DEVICE void fill_table() const {
-#pragma unroll 1
-    for (int w = static_cast<int>(threadIdx.x); w < pixels; w += kThreads)
-      store_shared(table + w, region.pixel(w));
-  }
+  PREACT_DEVICE void fill_table() const { fill_pixel_table<kThreads>(region, pixels, table); }
 
   PREACT_DEVICE static int column() { return static_cast<int>(threadIdx.x) % kPieces * kPiece; }
   PREACT_DEVICE static int first_pixel() {

@@ -50,6 +50,7 @@ struct SharedLayout {
 template <int kAcross>
 struct ConvTile {
   static constexpr int kChannels = kAcross * kWarpChannels;
+  static constexpr bool kSilu = kAcross < 4;  // or ReLU alone: SiLU's registers would spill
   static constexpr int kWarpPixels = kAcross == 4 ? 64 : 32;
   static constexpr int kWarpsDown = kTilePixels / kWarpPixels;
   static constexpr int kThreads = 32 * kWarpsDown * kAcross;
@@ -154,9 +155,10 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
 
 // Calls run.operator()<kAcross>(): tiles of 128 or 256 channels in 16 bits, where none is left
 // over, enough blocks remain to fill the device, and its shared memory has room for them; of 256
-// where no multiprocessor has more to multiply than with 128, and for ReLU: SiLU would spill.
-template <typename T, Activation kActivation, typename F>
-void choose_tile(const CudaRuntime& runtime, int64_t pixels, int64_t result_channels, F&& run) {
+// where no multiprocessor has more to multiply than with 128, and for ReLU.
+template <typename T, typename F>
+void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixels,
+                 int64_t result_channels, F&& run) {
   if constexpr (sizeof(T) == 2) {
     const int64_t all = multiprocessors(runtime.device);
     const auto tiles = [&](int channels) {
@@ -167,9 +169,9 @@ void choose_tile(const CudaRuntime& runtime, int64_t pixels, int64_t result_chan
              most_shared_bytes(runtime.device) >= shared_bytes;
     };
     const auto of_busiest = [&](int channels) { return ceil_div(tiles(channels), all) * channels; };
-    if constexpr (kActivation == Activation::kRelu)
-      if (fills(256, kWidestBytes) && of_busiest(256) <= of_busiest(128))
-        return run.template operator()<4>();
+    if (activation == Activation::kRelu && fills(256, kWidestBytes) &&
+        of_busiest(256) <= of_busiest(128))
+      return run.template operator()<4>();
     if (fills(128, kWideBytes)) return run.template operator()<2>();
   }
   run.template operator()<1>();
@@ -304,8 +306,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   window.fill_table();
   RegionPixel* const results = reinterpret_cast<RegionPixel*>(shared + kResultsAt);
   with_results([&](const Region& region) {
-    for (int m = thread; m < kTilePixels; m += Tile::kThreads)
-      store_shared(results + m, region.pixel(m));
+    fill_pixel_table<Tile::kThreads>(region, kTilePixels, results);
   });
   if (layout.resident) {
     Step step;

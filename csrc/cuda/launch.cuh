@@ -48,10 +48,6 @@ template <typename F>
 void dispatch(Dtype dtype, Activation activation, F&& f) {
   dispatch_dtype(dtype, [&]<typename T>() { dispatch_activation<T>(activation, f); });
 }
-template <class Op, typename F>
-void dispatch_conv(const Op& op, F&& f) {
-  dispatch_conv_dtype(op, [&]<typename T>() { dispatch_activation<T>(op.activation, f); });
-}
 
 // Memory for partial results of `groups` reductions of `parts` blocks, with tickets at zero.
 struct ReductionMemory {

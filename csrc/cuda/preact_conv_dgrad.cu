@@ -13,12 +13,13 @@ namespace preact {
 namespace cuda {
 namespace {
 
-template <typename T, Activation kActivation>
+template <typename T, bool kSilu>
 struct DgradEpilogue {
   Channels channels;
   const T* addend;      // [M, C] or null
   const T* input;       // u [M, C]
   const float* affine;  // [4, C] or null: g = dh + addend
+  Activation activation;
   bool frozen;
   const T* residual;  // [M, C] or null
   T* g;               // [M, C]
@@ -45,8 +46,10 @@ struct DgradEpilogue {
       if (!e.affine) return store_piece(e.g + offset, valid, vectors, v);
       Piece u;
       load_piece(e.input + offset, valid, vectors, u);
+      with_activation<kSilu>(e.activation, [&]<Activation kActivation>() {
 #pragma unroll
-      for (int j = 0; j < kPiece; ++j) v[j] *= slope<kActivation>(bn.z(j, u[j]));
+        for (int j = 0; j < kPiece; ++j) v[j] *= slope<kActivation>(bn.z(j, u[j]));
+      });
       if (e.frozen) {
         reduced.add(v, u, bn.mean);
         end_frozen(e.residual, offset, valid, vectors, bn, v);
@@ -59,10 +62,10 @@ struct DgradEpilogue {
   };
 };
 
-template <typename T, Activation kActivation, int kAcross>
+template <typename T, int kAcross>
 __global__ __launch_bounds__(ConvTile<kAcross>::kThreads) void preact_conv_dgrad_kernel(
     const ConvTiling tiling, const ConvShape s, const Gradient<T> source, const Weight weight,
-    const DgradEpilogue<T, kActivation> epilogue, const ReductionMemory memory,
+    const DgradEpilogue<T, ConvTile<kAcross>::kSilu> epilogue, const ReductionMemory memory,
     float* sums) {  // [2, C] or null
   const int64_t c = epilogue.channels.count;
   // In shared memory, since what depends on the block would take registers in every loop.
@@ -104,22 +107,23 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
   const Axis columns =
       most_of(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left);
   const int phases = static_cast<int>(s.stride_height * s.stride_width);
-  dispatch_conv(op, [&]<typename T, Activation kActivation>() {
-    choose_tile<T, kActivation>(runtime, s.input.pixels(), c, [&]<int kAcross>() {
+  dispatch_conv_dtype(op, [&]<typename T>() {
+    choose_tile<T>(runtime, op.activation, s.input.pixels(), c, [&]<int kAcross>() {
       const int64_t groups = ceil_div(c, ConvTile<kAcross>::kChannels);
       const Gradient<T> source(op.grad, op.shape.output);
-      const auto kernel = preact_conv_dgrad_kernel<T, kActivation, kAcross>;
+      const auto kernel = preact_conv_dgrad_kernel<T, kAcross>;
       const auto [tiling, grid] =
           tile_conv<T, true, kAcross>(runtime, kernel, images, rows, columns, op.weight, c, k,
                                       op.grad.output != nullptr, phases);
       const int64_t parts = grid.x / groups * phases;
       ReductionMemory memory;
       if (op.sums) memory = {runtime, Sums::kValues, parts, c, groups};
-      const DgradEpilogue<T, kActivation> epilogue{
+      const DgradEpilogue<T, ConvTile<kAcross>::kSilu> epilogue{
           channels_of(c, {op.addend, op.input, op.affine, op.residual, op.g}),
           static_cast<const T*>(op.addend),
           static_cast<const T*>(op.input),
           static_cast<const float*>(op.affine),
+          op.activation,
           op.frozen,
           static_cast<const T*>(op.residual),
           static_cast<T*>(op.g)};

@@ -36,11 +36,11 @@ struct ForwardEpilogue {
   };
 };
 
-template <typename T, Activation kActivation, int kAcross>
+template <typename T, int kAcross>
 __global__ __launch_bounds__(ConvTile<kAcross>::kThreads) void preact_conv_forward_kernel(
     const ConvTiling tiling, const Axis rows, const Axis columns,
-    const Activated<T, kActivation> source, const Weight weight, const ForwardEpilogue<T> epilogue,
-    const ReductionMemory memory,
+    const Activated<T, ConvTile<kAcross>::kSilu> source, const Weight weight,
+    const ForwardEpilogue<T> epilogue, const ReductionMemory memory,
     float* stats,  // [2, K] or null
     const AffineMaker next) {
   const int64_t k = tiling.output_channels;
@@ -66,18 +66,18 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
                                  static_cast<int>(s.kernel_height), s.stride_height, s.pad_top);
   const Axis columns = forward_axis(s.input.width, s.output.width, 0,
                                     static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
-  dispatch_conv(op, [&]<typename T, Activation kActivation>() {
-    choose_tile<T, kActivation>(runtime, s.output.pixels(), k, [&]<int kAcross>() {
+  dispatch_conv_dtype(op, [&]<typename T>() {
+    choose_tile<T>(runtime, op.activation, s.output.pixels(), k, [&]<int kAcross>() {
       const int64_t groups = ceil_div(k, ConvTile<kAcross>::kChannels);
-      const auto kernel = preact_conv_forward_kernel<T, kActivation, kAcross>;
+      const auto kernel = preact_conv_forward_kernel<T, kAcross>;
       const auto [tiling, grid] = tile_conv<T, false, kAcross>(runtime, kernel, images, rows,
                                                                columns, op.weight, c, k, false, 1);
       const int64_t parts = grid.x / groups;
       ReductionMemory memory;
       if (op.stats) memory = {runtime, Moments::kValues, parts, k, groups};
-      const Activated<T, kActivation> source{{channels_of(c, {op.input, op.affine}),
-                                              static_cast<const T*>(op.input),
-                                              static_cast<const float*>(op.affine)}};
+      const Activated<T, ConvTile<kAcross>::kSilu> source{
+          channels_of(c, {op.input, op.affine}), static_cast<const T*>(op.input),
+          static_cast<const float*>(op.affine), op.activation};
       const ForwardEpilogue<T> epilogue{channels_of(k, {op.residual, op.output}),
                                         static_cast<const T*>(op.residual),
                                         static_cast<T*>(op.output)};

@@ -66,7 +66,7 @@ struct WgradTiling {
 template <typename T, class Tile>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgrad_kernel(
     const WgradTiling tiling, const ConvShape s, const Gradient<T> grad,
-    const AnyActivated<T> input,
+    const Activated<T, true> input,
     float* partial) {  // [splits, R * S, K, C]
   constexpr int kThreads = Tile::kThreads, kTaps = Tile::kTaps;
   constexpr int kGradPitch = pitch<T>(Tile::kOutputs, true);
@@ -118,7 +118,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgr
   const Window<T, Gradient<T>, Tile::kOutputs / kPiece, true, kThreads> dy(
       grad, grad_rows, grad_columns, tiling.patch, s.input.images,
       reinterpret_cast<RegionPixel*>(shared + kPixelsAt), Tile::kPixels);
-  const Window<T, AnyActivated<T>, Tile::kInputs / kPiece, true, kThreads> h(
+  const Window<T, Activated<T, true>, Tile::kInputs / kPiece, true, kThreads> h(
       input, rows, columns, tiling.patch, s.input.images,
       reinterpret_cast<RegionPixel*>(shared + tiling.window_pixels),
       tiling.patch.window(rows, columns));
@@ -276,7 +276,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
     return tiling;
   };
   const int64_t fixed = lay_out({}, 0, 2).shared_bytes;
-  using Inputs = Window<T, AnyActivated<T>, Tile::kInputs / kPiece, true, Tile::kThreads>;
+  using Inputs = Window<T, Activated<T, true>, Tile::kInputs / kPiece, true, Tile::kThreads>;
   const int64_t most_window =
       std::min<int64_t>((most_shared_bytes(runtime.device) - fixed - kTableRounding) /
                             (2 * kPixelBytes + static_cast<int64_t>(sizeof(RegionPixel))),
@@ -298,10 +298,9 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   float* const partial =
       static_cast<float*>(runtime.allocate_partial(tiling.splits * partial_bytes, runtime.context));
 
-  const AnyActivated<T> input{
-      {channels_of(c, {op.input, op.affine}), static_cast<const T*>(op.input),
-       static_cast<const float*>(op.affine)},
-      op.activation};
+  const Activated<T, true> input{channels_of(c, {op.input, op.affine}),
+                                 static_cast<const T*>(op.input),
+                                 static_cast<const float*>(op.affine), op.activation};
   const Grid grid{static_cast<unsigned>(blocks.splits), static_cast<unsigned>(blocks.channel_tiles),
                   static_cast<unsigned>(blocks.tap_groups)};
   launch("preact_conv_wgrad", kernel, grid, Tile::kThreads, tiling.shared_bytes, runtime.device,
