@@ -83,13 +83,21 @@ class Cuda(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        flags = list(CUDA_FLAGS)
-        for architecture in self.architectures:
-            number, _, ptx = architecture.partition("+")
-            number = number.replace(".", "")
-            code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
-            flags.append(f"-gencode=arch=compute_{number},code={code}")
-        return flags
+        """Translating takes as long as assembling, so what is alike is translated once.
+
+        Up to 9.0 that is all: it gets the same machine code from the oldest's translation.
+        """
+        names = [a.removesuffix("+PTX").replace(".", "") for a in self.architectures]
+        numbers = [int(name.rstrip("af")) for name in names]
+        codes: dict[str, list[str]] = {}  # by what they are translated for
+        for name, number, architecture in zip(names, numbers, self.architectures, strict=True):
+            translated = f"compute_{number if number > 90 else min(numbers)}"
+            of_translation = codes.setdefault(translated, [])
+            of_translation.append(f"sm_{name}")
+            if architecture.endswith("+PTX"):
+                of_translation.append(translated)
+        flags = [f"-gencode=arch={arch},code=[{','.join(code)}]" for arch, code in codes.items()]
+        return [*CUDA_FLAGS, *flags]
 
 
 def find_cuda() -> Cuda | str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 KERNELS = (CSRC / "sources_cuda.txt").read_text().split()
-ARCHITECTURES = ["80", "90a", "100"]
+ARCHITECTURES = {"80": "80", "90a": "80", "100": "100"}  # and for what setup.py translates
 FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Werror=all-warnings", "-Xptxas=-v", "-cubin"]
 
 
@@ -220,7 +220,8 @@ def compile_cubins(
     def compile(job: tuple[str, str]) -> tuple[Path, str]:
         architecture, file = job
         cubin = folder / f"{Path(file).stem}.{architecture}.cubin"
-        command = [nvcc(), *FLAGS, f"-arch=sm_{architecture}", str(CSRC / file), "-o", str(cubin)]
+        code = f"-gencode=arch=compute_{ARCHITECTURES[architecture]},code=sm_{architecture}"
+        command = [nvcc(), *FLAGS, code, str(CSRC / file), "-o", str(cubin)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return cubin, result.stderr
