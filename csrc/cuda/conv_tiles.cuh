@@ -1,6 +1,5 @@
 // The kernel body of preact_conv_forward and preact_conv_dgrad: tiles of 128 pixels by 64 channels,
-// or by 128 or 256 where there are as many, so that fewer blocks copy and transform the same
-// pixels.
+// or larger ones where there is as much, so that fewer blocks copy and transform the same pixels.
 //
 // Blocks stay: each walks over tiles of the same channels, with the weights resident in shared
 // memory where they are small. A step is 32 source channels and up to three taps in one row of the
@@ -12,7 +11,6 @@
 
 namespace preact::cuda {
 
-constexpr int kTilePixels = 128;
 constexpr int kWarpChannels = 64;
 constexpr int kChunk = 32;  // source channels of a step
 constexpr int kTapsPerStep = 3;
@@ -31,28 +29,14 @@ struct TilePlaces {
   Place source, result;
 };
 
-// Shared memory, in bytes from its start; the table of rows comes first, those of the result's and
-// the window's pixels before the weights. Windows, weights, the second tensors and what is inside
-// of windows are rings: slots are used in turn.
-constexpr int kAxesAt = kTilePixels * static_cast<int>(sizeof(int));
-constexpr int kPlacesAt = kAxesAt + 128;
-constexpr int kResultsAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(TilePlaces));
-constexpr int kPixelsAt = kResultsAt + kTilePixels * static_cast<int>(sizeof(RegionPixel));
-static_assert(kPixelsAt % 128 == 0);
-struct SharedLayout {
-  int64_t weights, inside, windows, window_bytes, second, stages, total;
-  int windows_count, waiting;  // windows in all; of those, the most that wait for their transform
-  bool resident;               // all weights stay, else those of as many steps as there are stages
-};
-
-// kAcross: warps side by side, each with 64 channels. The more pixels a warp has, the less often
-// all of them read the same weights; no more than 256 threads have registers for so many.
-template <int kAcross>
+// What a block has: results of kPixels pixels and kAcross times 64 channels. A warp has kWarpPixels
+// of them and 64 channels; the more pixels, the less often all warps read the same weights.
+template <int kPixels_, int kAcross_, int kWarpPixels_>
 struct ConvTile {
+  static constexpr int kPixels = kPixels_, kAcross = kAcross_, kWarpPixels = kWarpPixels_;
   static constexpr int kChannels = kAcross * kWarpChannels;
-  static constexpr bool kSilu = kAcross < 4;  // or ReLU alone: SiLU's registers would spill
-  static constexpr int kWarpPixels = kAcross == 4 ? 64 : 32;
-  static constexpr int kWarpsDown = kTilePixels / kWarpPixels;
+  static constexpr bool kSilu = kWarpPixels == 32;  // or ReLU alone: SiLU's registers would spill
+  static constexpr int kWarpsDown = kPixels / kWarpPixels;
   static constexpr int kThreads = 32 * kWarpsDown * kAcross;
   // Of a warp: its stage, and where in the result tensor each of its pixels goes.
   static constexpr int64_t kWarpBytes =
@@ -62,6 +46,26 @@ struct ConvTile {
   static constexpr int64_t kReduceBytes =
       reduce_floats(Moments::kValues, kThreads / (kChannels / kPiece), kChannels, kThreads) *
       static_cast<int64_t>(sizeof(float));
+
+  // Shared memory, in bytes from its start; the table of rows comes first, those of the result's
+  // and the window's pixels before what SharedLayout has.
+  static constexpr int kAxesAt = kPixels * static_cast<int>(sizeof(int));
+  static constexpr int kPlacesAt = kAxesAt + 128;
+  static constexpr int kResultsAt = kPlacesAt + kPlaces * static_cast<int>(sizeof(TilePlaces));
+  static constexpr int kPixelsAt = kResultsAt + kPixels * static_cast<int>(sizeof(RegionPixel));
+  static_assert(kPixelsAt % 128 == 0);
+};
+using SmallTile = ConvTile<128, 1, 32>;
+using WideTile = ConvTile<128, 2, 32>;
+using LargeTile = ConvTile<256, 2, 64>;
+using WidestTile = ConvTile<128, 4, 64>;
+
+// Windows, weights, the second tensors and what is inside of windows are rings: slots are used in
+// turn.
+struct SharedLayout {
+  int64_t weights, inside, windows, window_bytes, second, stages, total;
+  int windows_count, waiting;  // windows in all; of those, the most that wait for their transform
+  bool resident;               // all weights stay, else those of as many steps as there are stages
 };
 
 struct ConvTiling {
@@ -83,51 +87,48 @@ __host__ __device__ constexpr int taps_of_step(int taps) {
 
 // A shared tile of weights for one tap: forward [64 of K, 32 of C], dgrad [32 of K, 64 of C]; or
 // 128, or 256.
-template <typename T, bool kDgrad, int kAcross>
-constexpr int kWeightPitch = pitch<T>(kDgrad ? ConvTile<kAcross>::kChannels : kChunk, kDgrad);
-template <typename T, bool kDgrad, int kAcross>
-constexpr int kWeightTile =
-    (kDgrad ? kChunk : ConvTile<kAcross>::kChannels) * kWeightPitch<T, kDgrad, kAcross>;
+template <typename T, bool kDgrad, class Tile>
+constexpr int kWeightPitch = pitch<T>(kDgrad ? Tile::kChannels : kChunk, kDgrad);
+template <typename T, bool kDgrad, class Tile>
+constexpr int kWeightTile = (kDgrad ? kChunk : Tile::kChannels) * kWeightPitch<T, kDgrad, Tile>;
 
 // steps_of_chunk are the fewest that any phase has.
-template <typename T, bool kDgrad, int kAcross>
+template <typename T, bool kDgrad, class Tile>
 SharedLayout shared_layout(int window_pixels, bool two, const Axis& r, const Axis& c,
                            int64_t source_channels, int steps_of_chunk, int stages) {
   constexpr int64_t kBytes = sizeof(T);
-  const int64_t step = int64_t{taps_of_step(c.taps)} * kWeightTile<T, kDgrad, kAcross> * kBytes;
+  const int64_t step = int64_t{taps_of_step(c.taps)} * kWeightTile<T, kDgrad, Tile> * kBytes;
   const int64_t all = step * r.taps * steps_across(c.taps) * ceil_div(source_channels, kChunk);
   SharedLayout layout{};
   layout.resident = all <= kResidentBytes;
   layout.waiting = static_cast<int>(ceil_div(stages - 1, steps_of_chunk));
   layout.windows_count = layout.waiting + 1;
-  layout.weights = kPixelsAt + table_bytes(window_pixels);
+  layout.weights = Tile::kPixelsAt + table_bytes(window_pixels);
   layout.inside = layout.weights + (layout.resident ? all : stages * step);
-  layout.windows = layout.inside + layout.waiting * ConvTile<kAcross>::kThreads *
-                                       static_cast<int64_t>(sizeof(uint32_t));
+  layout.windows =
+      layout.inside + layout.waiting * Tile::kThreads * static_cast<int64_t>(sizeof(uint32_t));
   layout.window_bytes = int64_t{window_pixels} * pitch<T>(kChunk, false) * kBytes;
   layout.second = layout.windows + layout.windows_count * layout.window_bytes;
   layout.stages = layout.second + (two ? layout.waiting * layout.window_bytes : 0);
   // The reduction comes when nobody needs the windows any more.
-  layout.total = std::max(layout.stages + ConvTile<kAcross>::kStagesBytes,
-                          layout.windows + ConvTile<kAcross>::kReduceBytes);
+  layout.total = std::max(layout.stages + Tile::kStagesBytes, layout.windows + Tile::kReduceBytes);
   return layout;
 }
 
 // The tiling of a convolution over the axes r and c (with the most taps and outputs of any phase)
 // and the grid for it: x the tiles, neighbours with the same pixels, z the phases.
-template <typename T, bool kDgrad, int kAcross, class Kernel>
+template <typename T, bool kDgrad, class Tile, class Kernel>
 std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel, int64_t images,
                                       const Axis& r, const Axis& c, const Weight& weight,
                                       int64_t input_channels, int64_t output_channels, bool two,
                                       int phases) {
-  using Tile = ConvTile<kAcross>;
   ConvTiling tiling{2, images, {}, weight_channels(weight, input_channels), output_channels, {}};
   const int64_t source_channels = kDgrad ? output_channels : input_channels;
   const int64_t result_channels = kDgrad ? input_channels : output_channels;
   const int steps_of_chunk = phases > 1 ? 1 : r.taps * steps_across(c.taps);
   const auto layout = [&](int pixels, int stages) {
-    return shared_layout<T, kDgrad, kAcross>(pixels, two, r, c, source_channels, steps_of_chunk,
-                                             stages);
+    return shared_layout<T, kDgrad, Tile>(pixels, two, r, c, source_channels, steps_of_chunk,
+                                          stages);
   };
   const SharedLayout empty = layout(0, 2);
   const int64_t free_bytes = most_shared_bytes(runtime.device) - empty.stages - Tile::kStagesBytes;
@@ -137,7 +138,7 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
   const int64_t most_window =
       std::min<int64_t>((free_bytes - kTableRounding) / pixel_bytes,
                         kMostPiecesPerThread * Tile::kThreads / (kChunk / kPiece));
-  tiling.patch = choose_patch(images, r, c, kTilePixels, static_cast<int>(most_window));
+  tiling.patch = choose_patch(images, r, c, Tile::kPixels, static_cast<int>(most_window));
   const int window = tiling.patch.window(r, c);
   const auto total = [&](int stages) { return layout(window, stages).total; };
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
@@ -153,28 +154,31 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
   return {tiling, {static_cast<unsigned>(blocks * tiles_across), 1, static_cast<unsigned>(phases)}};
 }
 
-// Calls run.operator()<kAcross>(): tiles of 128 or 256 channels in 16 bits, where none is left
-// over, enough blocks remain to fill the device, and its shared memory has room for them; of 256
-// where no multiprocessor has more to multiply than with 128, and for ReLU.
+// Calls run.operator()<Tile>(): in 16 bits the largest tile that leaves nothing over, with blocks
+// enough to fill the device and room in its shared memory, and that gives no multiprocessor more to
+// multiply than WideTile does.
 template <typename T, typename F>
 void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixels,
-                 int64_t result_channels, F&& run) {
+                 int64_t channels, F&& run) {
   if constexpr (sizeof(T) == 2) {
     const int64_t all = multiprocessors(runtime.device);
-    const auto tiles = [&](int channels) {
-      return pixels / kTilePixels * (result_channels / channels);
+    const auto tiles = [&]<class Tile>(const Tile&) {
+      return pixels / Tile::kPixels * (channels / Tile::kChannels);
     };
-    const auto fills = [&](int channels, int64_t shared_bytes) {
-      return result_channels % channels == 0 && tiles(channels) >= all &&
-             most_shared_bytes(runtime.device) >= shared_bytes;
+    const auto of_busiest = [&]<class Tile>(const Tile& tile) {
+      return ceil_div(tiles(tile), all) * Tile::kPixels * Tile::kChannels;
     };
-    const auto of_busiest = [&](int channels) { return ceil_div(tiles(channels), all) * channels; };
-    if (activation == Activation::kRelu && fills(256, kWidestBytes) &&
-        of_busiest(256) <= of_busiest(128))
-      return run.template operator()<4>();
-    if (fills(128, kWideBytes)) return run.template operator()<2>();
+    const auto fills = [&]<class Tile>(const Tile& tile, int64_t shared_bytes) {
+      return channels % Tile::kChannels == 0 && tiles(tile) >= all &&
+             most_shared_bytes(runtime.device) >= shared_bytes &&
+             (Tile::kSilu || activation == Activation::kRelu) &&
+             of_busiest(tile) <= of_busiest(WideTile());
+    };
+    if (fills(WidestTile(), kWidestBytes)) return run.template operator()<WidestTile>();
+    if (fills(LargeTile(), kWidestBytes)) return run.template operator()<LargeTile>();
+    if (fills(WideTile(), kWideBytes)) return run.template operator()<WideTile>();
   }
-  run.template operator()<1>();
+  run.template operator()<SmallTile>();
 }
 
 // A step of a tile, counted in the kernel's taps and the source's channels: where its weights are
@@ -203,18 +207,17 @@ struct Slots {
 
 // Runs the tiles of one block. An Epilogue::Thread stores one piece of channels of one pixel of the
 // result, [N, height, width, channels], at a time, and reduces what it stores.
-template <typename T, bool kDgrad, int kAcross, class Source, class Epilogue, typename Reduced>
+template <typename T, bool kDgrad, class Tile, class Source, class Epilogue, typename Reduced>
 PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axis& c,
                               const Source& source, const Weight& weight, const Channels& result,
                               int64_t height, int64_t width, const Epilogue& epilogue,
                               const ReductionMemory& memory, const Reduced& reduced) {
   constexpr int kPitch = pitch<T>(kChunk, false);
-  using Tile = ConvTile<kAcross>;
   constexpr int kM = Tile::kWarpPixels / 16, kN = kWarpChannels / 8;
   const SharedLayout& layout = tiling.shared;
   unsigned char* const shared = shared_memory();
   int* const table = reinterpret_cast<int*>(shared);
-  TilePlaces* const places = reinterpret_cast<TilePlaces*>(shared + kPlacesAt);
+  TilePlaces* const places = reinterpret_cast<TilePlaces*>(shared + Tile::kPlacesAt);
   const auto window_at = [&](int slot) {
     return reinterpret_cast<T*>(shared + layout.windows + slot * layout.window_bytes);
   };
@@ -223,7 +226,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   };
   const auto weights_at = [&](int slot) {
     return reinterpret_cast<T*>(shared + layout.weights) +
-           slot * taps_of_step(c.taps) * kWeightTile<T, kDgrad, kAcross>;
+           slot * taps_of_step(c.taps) * kWeightTile<T, kDgrad, Tile>;
   };
   // of this thread's pieces alone
   const auto inside_at = [&](int slot) {
@@ -240,8 +243,9 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   const int blocks = static_cast<int>(gridDim.x) / tiles_across;
   // A tile of more than 64 channels has them all.
   const int64_t channels_left = result.count - first_channel;
-  const int live = kAcross == 1 && channels_left < kWarpChannels ? static_cast<int>(channels_left)
-                                                                 : kWarpChannels;
+  const int live = Tile::kAcross == 1 && channels_left < kWarpChannels
+                       ? static_cast<int>(channels_left)
+                       : kWarpChannels;
   const int live_pieces = (live + kPiece - 1) / kPiece;
   const int source_channels = static_cast<int>(source.channels.count);
   const int steps = (source_channels + kChunk - 1) / kChunk * r.taps * steps_across(c.taps);
@@ -249,8 +253,8 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   const int tiles = static_cast<int>((all_tiles - block + blocks - 1) / blocks);
 
   const Window<T, Source, kChunk / kPiece, false, Tile::kThreads> window(
-      source, r, c, tiling.patch, tiling.images, reinterpret_cast<RegionPixel*>(shared + kPixelsAt),
-      tiling.patch.window(r, c));
+      source, r, c, tiling.patch, tiling.images,
+      reinterpret_cast<RegionPixel*>(shared + Tile::kPixelsAt), tiling.patch.window(r, c));
   // use(region) of the results; made anew each time, since it would take registers in every loop.
   const auto with_results = [&](const auto& use) {
     const Axis down = r.results(height), across = c.results(width);
@@ -267,13 +271,13 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
     const int row = r.weight_first + step.row * r.weight_step;
     for (int t = 0; t < kTapsPerStep && step.first_tap + t < c.taps; ++t) {
       const int tap = c.weight_first + (step.first_tap + t) * c.weight_step;
-      T* const tile = to + t * kWeightTile<T, kDgrad, kAcross>;
+      T* const tile = to + t * kWeightTile<T, kDgrad, Tile>;
       if constexpr (kDgrad)
-        fetch_weights<T, kChunk, Tile::kChannels, kWeightPitch<T, true, kAcross>, Tile::kThreads>(
+        fetch_weights<T, kChunk, Tile::kChannels, kWeightPitch<T, true, Tile>, Tile::kThreads>(
             weight, tiling.output_channels, tiling.weights, step.channel, first_channel, row, tap,
             tile);
       else
-        fetch_weights<T, Tile::kChannels, kChunk, kWeightPitch<T, false, kAcross>, Tile::kThreads>(
+        fetch_weights<T, Tile::kChannels, kChunk, kWeightPitch<T, false, Tile>, Tile::kThreads>(
             weight, tiling.output_channels, tiling.weights, first_channel, step.channel, row, tap,
             tile);
     }
@@ -302,11 +306,11 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
     copies_commit();
   };
 
-  fill_row_table(table, kTilePixels, tiling.patch, r, c, kPitch);
+  fill_row_table(table, Tile::kPixels, tiling.patch, r, c, kPitch);
   window.fill_table();
-  RegionPixel* const results = reinterpret_cast<RegionPixel*>(shared + kResultsAt);
+  RegionPixel* const results = reinterpret_cast<RegionPixel*>(shared + Tile::kResultsAt);
   with_results([&](const Region& region) {
-    fill_pixel_table<Tile::kThreads>(region, kTilePixels, results);
+    fill_pixel_table<Tile::kThreads>(region, Tile::kPixels, results);
   });
   if (layout.resident) {
     Step step;
@@ -346,8 +350,8 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
       const T* const taps =
           window_at(slots.window) + (now.row * window.region.columns() + now.first_tap) * kPitch;
       for (int t = 0; t < kTapsPerStep && now.first_tap + t < c.taps; ++t) {
-        constexpr int kRow = kWeightPitch<T, kDgrad, kAcross>;
-        const T* const weights = weights_at(slots.weights) + t * kWeightTile<T, kDgrad, kAcross>;
+        constexpr int kRow = kWeightPitch<T, kDgrad, Tile>;
+        const T* const weights = weights_at(slots.weights) + t * kWeightTile<T, kDgrad, Tile>;
 #pragma unroll
         for (int k0 = 0; k0 < kChunk; k0 += 16) {
           if (k0 >= source_left) break;
@@ -408,7 +412,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
                             parts,
                             block + blocks * static_cast<int>(blockIdx.z),
                             first_channel,
-                            kAcross * live_pieces * kPiece};
+                            Tile::kAcross * live_pieces * kPiece};
   const int all_rows = Tile::kWarpsDown * rows;
   const int my_row = thread / 32 % Tile::kWarpsDown * rows + row;
   reduce(reduction, mine.reduced, warp_channel / kPiece + column, row < rows ? my_row : all_rows,

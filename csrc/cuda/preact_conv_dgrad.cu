@@ -1,7 +1,7 @@
 // preact_conv_dgrad: g = (dgrad(dy, W) + addend) * act'(z),  S1 = sum g,
 //   S2 = sum g * (u - mean) * rstd;  dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
 //   With frozen statistics g becomes residual + scale * g.
-// Reads g', u' [M', K] once for each 64 or 128 input channels (from the cache after the first) with
+// Reads g', u' [M', K] once for each 64 to 256 input channels (from the cache after the first) with
 // the halo of its patches, u, addend, residual [M, C], the weights; writes g [M, C]. FLOPs
 // 2*M'*K*C*R*S.
 //
@@ -62,14 +62,14 @@ struct DgradEpilogue {
   };
 };
 
-template <typename T, int kAcross>
-__global__ __launch_bounds__(ConvTile<kAcross>::kThreads) void preact_conv_dgrad_kernel(
+template <typename T, class Tile>
+__global__ __launch_bounds__(Tile::kThreads) void preact_conv_dgrad_kernel(
     const ConvTiling tiling, const ConvShape s, const Gradient<T> source, const Weight weight,
-    const DgradEpilogue<T, ConvTile<kAcross>::kSilu> epilogue, const ReductionMemory memory,
+    const DgradEpilogue<T, Tile::kSilu> epilogue, const ReductionMemory memory,
     float* sums) {  // [2, C] or null
   const int64_t c = epilogue.channels.count;
   // In shared memory, since what depends on the block would take registers in every loop.
-  Axis* const axes = reinterpret_cast<Axis*>(shared_memory() + kAxesAt);
+  Axis* const axes = reinterpret_cast<Axis*>(shared_memory() + Tile::kAxesAt);
   static_assert(2 * sizeof(Axis) <= 128);
   if (threadIdx.x == 0) {
     axes[0] = dgrad_axis(s.input.height, s.output.height, s.kernel_height, s.stride_height,
@@ -78,12 +78,12 @@ __global__ __launch_bounds__(ConvTile<kAcross>::kThreads) void preact_conv_dgrad
                          blockIdx.z % s.stride_width);
   }
   __syncthreads();
-  conv_tiles<T, true, kAcross>(tiling, axes[0], axes[1], source, weight, epilogue.channels,
-                               s.input.height, s.input.width, epilogue, memory,
-                               [&](int64_t i, const Sums& total) {
-                                 store(sums + i, total.s1);
-                                 store(sums + c + i, total.s2 * load(epilogue.affine + c + i));
-                               });
+  conv_tiles<T, true, Tile>(tiling, axes[0], axes[1], source, weight, epilogue.channels,
+                            s.input.height, s.input.width, epilogue, memory,
+                            [&](int64_t i, const Sums& total) {
+                              store(sums + i, total.s1);
+                              store(sums + c + i, total.s2 * load(epilogue.affine + c + i));
+                            });
 }
 
 // The most taps and outputs that a phase has along an axis.
@@ -108,17 +108,17 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
       most_of(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left);
   const int phases = static_cast<int>(s.stride_height * s.stride_width);
   dispatch_conv_dtype(op, [&]<typename T>() {
-    choose_tile<T>(runtime, op.activation, s.input.pixels(), c, [&]<int kAcross>() {
-      const int64_t groups = ceil_div(c, ConvTile<kAcross>::kChannels);
+    choose_tile<T>(runtime, op.activation, s.input.pixels(), c, [&]<class Tile>() {
+      const int64_t groups = ceil_div(c, Tile::kChannels);
       const Gradient<T> source(op.grad, op.shape.output);
-      const auto kernel = preact_conv_dgrad_kernel<T, kAcross>;
+      const auto kernel = preact_conv_dgrad_kernel<T, Tile>;
       const auto [tiling, grid] =
-          tile_conv<T, true, kAcross>(runtime, kernel, images, rows, columns, op.weight, c, k,
-                                      op.grad.output != nullptr, phases);
+          tile_conv<T, true, Tile>(runtime, kernel, images, rows, columns, op.weight, c, k,
+                                   op.grad.output != nullptr, phases);
       const int64_t parts = grid.x / groups * phases;
       ReductionMemory memory;
       if (op.sums) memory = {runtime, Sums::kValues, parts, c, groups};
-      const DgradEpilogue<T, ConvTile<kAcross>::kSilu> epilogue{
+      const DgradEpilogue<T, Tile::kSilu> epilogue{
           channels_of(c, {op.addend, op.input, op.affine, op.residual, op.g}),
           static_cast<const T*>(op.addend),
           static_cast<const T*>(op.input),
@@ -127,8 +127,8 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
           op.frozen,
           static_cast<const T*>(op.residual),
           static_cast<T*>(op.g)};
-      launch("preact_conv_dgrad", kernel, grid, ConvTile<kAcross>::kThreads, tiling.shared.total,
-             runtime.device, runtime.stream, tiling, s, source, op.weight, epilogue, memory,
+      launch("preact_conv_dgrad", kernel, grid, Tile::kThreads, tiling.shared.total, runtime.device,
+             runtime.stream, tiling, s, source, op.weight, epilogue, memory,
              static_cast<float*>(op.sums));
     });
   });

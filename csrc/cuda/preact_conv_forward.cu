@@ -1,6 +1,6 @@
 // preact_conv_forward: y = conv(h, W) + residual, h = act(scale * (u - mean) + shift), and the mean
 // and variance of y, with the affine of the BatchNorm that reads it.
-// Reads u [M, C] once for each 64 or 128 output channels (from the cache after the first) with the
+// Reads u [M, C] once for each 64 to 256 output channels (from the cache after the first) with the
 // halo of its patches, the residual [M', K], the weights; writes y [M', K]. FLOPs 2*M'*K*C*R*S.
 #include "conv_tiles.cuh"
 
@@ -36,23 +36,23 @@ struct ForwardEpilogue {
   };
 };
 
-template <typename T, int kAcross>
-__global__ __launch_bounds__(ConvTile<kAcross>::kThreads) void preact_conv_forward_kernel(
+template <typename T, class Tile>
+__global__ __launch_bounds__(Tile::kThreads) void preact_conv_forward_kernel(
     const ConvTiling tiling, const Axis rows, const Axis columns,
-    const Activated<T, ConvTile<kAcross>::kSilu> source, const Weight weight,
-    const ForwardEpilogue<T> epilogue, const ReductionMemory memory,
+    const Activated<T, Tile::kSilu> source, const Weight weight, const ForwardEpilogue<T> epilogue,
+    const ReductionMemory memory,
     float* stats,  // [2, K] or null
     const AffineMaker next) {
   const int64_t k = tiling.output_channels;
   const float pixels = static_cast<float>(tiling.images * rows.outputs * columns.outputs);
-  conv_tiles<T, false, kAcross>(
-      tiling, rows, columns, source, weight, epilogue.channels, rows.outputs, columns.outputs,
-      epilogue, memory, [&](int64_t c, const Moments& total) {
-        const float mean = total.mean(), variance = total.squares / pixels;
-        store(stats + c, mean);
-        store(stats + k + c, variance);
-        if (next.affine) next.make(k, c, mean, variance);
-      });
+  conv_tiles<T, false, Tile>(tiling, rows, columns, source, weight, epilogue.channels, rows.outputs,
+                             columns.outputs, epilogue, memory,
+                             [&](int64_t c, const Moments& total) {
+                               const float mean = total.mean(), variance = total.squares / pixels;
+                               store(stats + c, mean);
+                               store(stats + k + c, variance);
+                               if (next.affine) next.make(k, c, mean, variance);
+                             });
 }
 
 }  // namespace
@@ -67,21 +67,21 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
   const Axis columns = forward_axis(s.input.width, s.output.width, 0,
                                     static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
   dispatch_conv_dtype(op, [&]<typename T>() {
-    choose_tile<T>(runtime, op.activation, s.output.pixels(), k, [&]<int kAcross>() {
-      const int64_t groups = ceil_div(k, ConvTile<kAcross>::kChannels);
-      const auto kernel = preact_conv_forward_kernel<T, kAcross>;
-      const auto [tiling, grid] = tile_conv<T, false, kAcross>(runtime, kernel, images, rows,
-                                                               columns, op.weight, c, k, false, 1);
+    choose_tile<T>(runtime, op.activation, s.output.pixels(), k, [&]<class Tile>() {
+      const int64_t groups = ceil_div(k, Tile::kChannels);
+      const auto kernel = preact_conv_forward_kernel<T, Tile>;
+      const auto [tiling, grid] = tile_conv<T, false, Tile>(runtime, kernel, images, rows, columns,
+                                                            op.weight, c, k, false, 1);
       const int64_t parts = grid.x / groups;
       ReductionMemory memory;
       if (op.stats) memory = {runtime, Moments::kValues, parts, k, groups};
-      const Activated<T, ConvTile<kAcross>::kSilu> source{
-          channels_of(c, {op.input, op.affine}), static_cast<const T*>(op.input),
-          static_cast<const float*>(op.affine), op.activation};
+      const Activated<T, Tile::kSilu> source{channels_of(c, {op.input, op.affine}),
+                                             static_cast<const T*>(op.input),
+                                             static_cast<const float*>(op.affine), op.activation};
       const ForwardEpilogue<T> epilogue{channels_of(k, {op.residual, op.output}),
                                         static_cast<const T*>(op.residual),
                                         static_cast<T*>(op.output)};
-      launch("preact_conv_forward", kernel, grid, ConvTile<kAcross>::kThreads, tiling.shared.total,
+      launch("preact_conv_forward", kernel, grid, Tile::kThreads, tiling.shared.total,
              runtime.device, runtime.stream, tiling, rows, columns, source, op.weight, epilogue,
              memory, static_cast<float*>(op.stats),
              AffineMaker(op.next.weight, op.next.bias, op.next.eps, op.next.affine));
