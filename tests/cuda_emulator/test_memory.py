@@ -278,9 +278,11 @@ def test_fast_paths_use_whole_sectors_and_no_bank_twice(emulator, channels, filt
     assert waste_of(emulator, Layer(torch.bfloat16, channels, filters, kernel)) == known
 
 
-def test_tiles_of_256_channels_use_whole_sectors_and_no_bank_twice(emulator):
+@pytest.mark.parametrize(("channels", "kernel"), [(256, 1), (128, 1), (128, 3)])
+def test_largest_tiles_use_whole_sectors_and_no_bank_twice(emulator, channels, kernel):
+    """128 pixels by 256 channels, or 256 by 128."""
     with emulator.device(2, 227 * 1024):
-        layer = Layer(torch.bfloat16, 256, 256, 1)
+        layer = Layer(torch.bfloat16, channels, channels, kernel)
         assert waste_of(emulator, layer) == VECTORS | WIDE
 
 
