@@ -133,6 +133,7 @@ struct Parts {
 
 constexpr int64_t kMostParts = 128;
 constexpr int64_t kCacheBytes = 256 * 1024;  // what a kernel keeps of one operand in L2
+constexpr int64_t kLineBytes = 64;           // of a cache
 
 // Rounded down and up, also below zero; b is positive.
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }

@@ -2,6 +2,7 @@
 // weights packed for the matrix tile, the gradient that comes in.
 #pragma once
 
+#include "ahead.h"
 #include "rows.h"
 
 namespace preact {
@@ -98,6 +99,17 @@ struct Window {
 
   int64_t rows(const ConvShape& shape, int64_t output_rows) const {
     return (output_rows - 1) * step_height + shape.kernel_height;
+  }
+
+  // Lets ahead want u of output rows [first, first + output_rows) of an image [H, W, C].
+  template <typename S>
+  void want(const ConvShape& shape, const S* image, int64_t first, int64_t output_rows,
+            Ahead& ahead) const {
+    const int64_t row = shape.input.width * shape.input.channels;
+    const int64_t top = first * step_height * gather_height - shape.pad_top;
+    const int64_t end = top + rows(shape, output_rows) * gather_height;
+    const int64_t begin = std::max<int64_t>(top, 0);
+    ahead.want(image + begin * row, (std::min(end, shape.input.height) - begin) * row);
   }
 
   // Fills h for output rows [first, first + output_rows) of an image [H, W, C].
@@ -255,6 +267,12 @@ class OutputGradient {
     else
       load(first, count, loaded);
     return loaded;
+  }
+
+  // Lets ahead want what pixels [first, first + count) are made of.
+  void want(int64_t first, int64_t count, Ahead& ahead) const {
+    for (const S* tensor : {g_, output_, residual_})
+      ahead.want(tensor ? tensor + first * channels_ : nullptr, count * channels_);
   }
 
   // The same, not of a residual sum, into `loaded`.

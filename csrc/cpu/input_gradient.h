@@ -79,7 +79,7 @@ class InputGradient {
   }
 
   // Writes g of a band, from the dy that load_grad() gave for it; bands of a part come in order.
-  void compute(int64_t part, int64_t band, const O* dy) {
+  void compute(int64_t part, int64_t band, const O* dy, Ahead& ahead) {
     const A* const affine = static_cast<const A*>(op_.affine);
     const int64_t image = bands.image(band), first = bands.first_row(band);
     const int64_t end = bands.end_row(band), source_first = first_p(first);
@@ -88,13 +88,19 @@ class InputGradient {
     if (op_.sums) std::fill_n(tile_sums, 2 * c_, A(0));
     for (int64_t row = first; row < end; row += tile_rows_) {
       const int64_t rows = std::min(tile_rows_, end - row);
+      const int64_t first_value = (image * height_ + row) * width_ * c_;
+      ahead.clear();
+      for (const void* tensor :
+           {static_cast<const void*>(op_.g), op_.addend, op_.residual, op_.input})
+        ahead.want(tensor ? static_cast<const S*>(tensor) + first_value : nullptr,
+                   rows * width_ * c_);
       if (adds_to_zeros_ || !every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
       for (int64_t x = row; x < (joined_ ? row + 1 : row + rows); ++x)
-        multiply(x, joined_ ? rows : 1, dy, source_first, out + (x - row) * pitch_ * c_);
+        multiply(x, joined_ ? rows : 1, dy, source_first, out + (x - row) * pitch_ * c_, ahead);
       const int64_t runs = pitch_ == width_ ? 1 : rows, pixels = rows / runs * width_;
       for (int64_t run = 0; run < runs; ++run) {
         A* const dh = out + run * pitch_ * c_;
-        const int64_t offset = ((image * height_ + row) * width_ + run * pixels) * c_;
+        const int64_t offset = first_value + run * pixels * c_;
         const S* const addend = op_.addend ? static_cast<const S*>(op_.addend) + offset : nullptr;
         S* const g = static_cast<S*>(op_.g) + offset;
         const S* const u = static_cast<const S*>(op_.input) + offset;
@@ -184,7 +190,8 @@ class InputGradient {
   }
 
   // dh of input rows [x, x + rows), several only where they join.
-  void multiply(int64_t x, int64_t rows, const O* dy, int64_t source_first, A* out) const {
+  void multiply(int64_t x, int64_t rows, const O* dy, int64_t source_first, A* out,
+                Ahead& ahead) const {
     const int64_t phase_h = (x + top_) % stride_h_, i = (x + top_) / stride_h_;
     for (int64_t j = 0; j < stride_w_; ++j) {
       const Phase& phase = across_[j];
@@ -195,10 +202,11 @@ class InputGradient {
         for (int64_t t = 0; t < down_[phase_h].taps; ++t) {
           const int64_t y = i - t - source_first;
           const int64_t column = phase.first_i - (phase.taps - 1) - first_q();
-          tile_(joined_ ? (rows - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
-                run_length, k_, weight.columns(block), stride_w_ * c_, adds_to_zeros_ || t > 0,
-                dy + (y * source_width() + column) * k_, weight.at(block, t * run_length),
-                out + phase.first_x * c_ + block * kColumnBlock);
+          ahead.multiply<O, A>(
+              tile_, joined_ ? (rows - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
+              run_length, k_, weight.columns(block), stride_w_ * c_, adds_to_zeros_ || t > 0,
+              dy + (y * source_width() + column) * k_, weight.at(block, t * run_length),
+              out + phase.first_x * c_ + block * kColumnBlock);
         }
     }
   }

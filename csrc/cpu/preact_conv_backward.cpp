@@ -22,6 +22,7 @@ void run(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
   const Bands& bands = dweight.bands;
   const int64_t size = dinput.source_size(), together = dweight.together(size);
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
+    Ahead ahead = make_ahead<O>(runtime);
     O* const loaded = buffer<O>(Buffer::kGrad, together * size);
     const O* rights[WeightGradient<S, O>::kMostTogether];
     const int64_t end = bands.parts.end(part);
@@ -31,9 +32,11 @@ void run(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
         const int64_t band = first + i;
         const O* const dy = dinput.load_grad(grad, band, loaded + i * size);
         rights[i] = dweight.load(i, together, band, dy + dinput.first_pixel(band));
-        dinput.compute(part, band, dy);
+        dinput.compute(part, band, dy, ahead);
       }
-      dweight.multiply(part, first, count, together, rights);
+      ahead.clear();
+      if (first + count < end) dweight.want(grad, first + count, ahead);
+      dweight.multiply(part, first, count, together, rights, ahead);
     }
   });
   dinput.finish();

@@ -14,9 +14,10 @@ void run(const Runtime& runtime, PreactConvDgrad op) {
   InputGradient<S, O> dinput(runtime, op);
   const Parts& parts = dinput.bands.parts;
   parallel_for(runtime, parts.parts, [&](int64_t part) {
+    Ahead ahead = make_ahead<O>(runtime);
     O* const loaded = buffer<O>(Buffer::kGrad, dinput.source_size());
     for (int64_t band = parts.begin(part); band < parts.end(part); ++band)
-      dinput.compute(part, band, dinput.load_grad(grad, band, loaded));
+      dinput.compute(part, band, dinput.load_grad(grad, band, loaded), ahead);
   });
   dinput.finish();
 }

@@ -44,27 +44,38 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
     const int64_t most_rows = window.rows(shape, bands.rows_per_band);
     O* const h = buffer<O>(Buffer::kSource, most_rows * window.width * c);
     A* const out = buffer<A>(Buffer::kTile, tile_rows * pitch * k);
-    for (int64_t band = bands.parts.begin(part); band < bands.parts.end(part); ++band) {
+    Ahead ahead = make_ahead<O>(runtime);
+    const auto image_at = [&](int64_t band) {
+      return static_cast<const S*>(op.input) +
+             bands.image(band) * shape.input.height * shape.input.width * c;
+    };
+    const int64_t end_band = bands.parts.end(part);
+    for (int64_t band = bands.parts.begin(part); band < end_band; ++band) {
       const int64_t image = bands.image(band), first = bands.first_row(band);
       const int64_t end = bands.end_row(band);
-      const S* const u =
-          static_cast<const S*>(op.input) + image * shape.input.height * shape.input.width * c;
-      window.fill(shape, u, first, end - first, affine, op.activation, h);
+      window.fill(shape, image_at(band), first, end - first, affine, op.activation, h);
       for (int64_t row = first; row < end; row += tile_rows) {
         const int64_t rows = std::min(tile_rows, end - row);
         const int64_t calls = joined ? 1 : rows, m = joined ? (rows - 1) * pitch + q : q;
+        const int64_t first_value = (image * p + row) * q * k;
+        ahead.clear();
+        for (const void* tensor : {static_cast<const void*>(op.output), op.residual})
+          ahead.want(tensor ? static_cast<const S*>(tensor) + first_value : nullptr, rows * q * k);
+        if (row + rows == end && band + 1 < end_band)
+          window.want(shape, image_at(band + 1), bands.first_row(band + 1),
+                      bands.end_row(band + 1) - bands.first_row(band + 1), ahead);
         if (adds_to_zeros) std::fill_n(out, rows * pitch * k, A(0));
         for (int64_t block = 0; block < weight.blocks(); ++block)
           for (int64_t i = 0; i < calls; ++i)
             for (int64_t tap = 0; tap < r; ++tap) {
               const int64_t source = ((row - first + i) * window.step_height + tap) * window.width;
-              tile(m, weight.columns(block), run_length, window.step_width * c,
-                   weight.columns(block), k, adds_to_zeros || tap > 0, h + source * c,
-                   weight.at(block, tap * run_length), out + i * q * k + block * kColumnBlock);
+              ahead.multiply<O, A>(
+                  tile, m, weight.columns(block), run_length, window.step_width * c,
+                  weight.columns(block), k, adds_to_zeros || tap > 0, h + source * c,
+                  weight.at(block, tap * run_length), out + i * q * k + block * kColumnBlock);
             }
         const int64_t runs = pitch == q ? 1 : rows, pixels = rows / runs * q;
         A* const sum = op.stats ? tile_sum<A>(k) : nullptr;
-        const int64_t first_value = (image * p + row) * q * k;
         for (int64_t run = 0; run < runs; ++run) {
           const int64_t offset = first_value + run * pixels * k;
           store_rows(out + run * pitch * k,

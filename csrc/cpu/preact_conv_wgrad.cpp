@@ -14,6 +14,7 @@ void run(const Runtime& runtime, PreactConvWgrad op) {
   const Bands& bands = dweight.bands;
   const int64_t size = dweight.grad_size(), together = dweight.together(size);
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
+    Ahead ahead = make_ahead<O>(runtime);
     O* const loaded = buffer<O>(Buffer::kGrad, together * size);
     const O* rights[WeightGradient<S, O>::kMostTogether];
     const int64_t end = bands.parts.end(part);
@@ -23,7 +24,9 @@ void run(const Runtime& runtime, PreactConvWgrad op) {
         const O* const dy = dweight.load_grad(grad, first + i, loaded + i * size);
         rights[i] = dweight.load(i, together, first + i, dy);
       }
-      dweight.multiply(part, first, count, together, rights);
+      ahead.clear();
+      if (first + count < end) dweight.want(grad, first + count, ahead);
+      dweight.multiply(part, first, count, together, rights, ahead);
     }
   });
   dweight.finish(runtime);

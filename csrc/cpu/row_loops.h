@@ -9,7 +9,6 @@ namespace preact {
 constexpr int64_t kMostColumns = 64;  // of a block
 constexpr int64_t kRoundedRows = 32;  // at a time, so that they stay in the innermost cache
 constexpr int64_t kRowsAhead = 16;    // that are on their way while a row is worked on
-constexpr int64_t kLineBytes = 64;
 
 // Calls f(at, first, rows, columns, pitch) for blocks of rows and channels: at is where a block
 // starts in [rows, channels], first its first channel, pitch is channels. Where columns is a

@@ -61,15 +61,13 @@ class WeightGradient {
   // Makes the operands of the i-th band of `together`, of its dy [rows, pitch, K], and returns the
   // right one; dy has to stay for multiply().
   const O* load(int64_t i, int64_t together, int64_t band, const O* dy) const {
-    const ImageShape& input = op_.shape.input;
     const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
-    const S* const u =
-        static_cast<const S*>(op_.input) + bands.image(band) * input.height * input.width * c_;
     O* const right = buffer<O>(Buffer::kRight, together * right_size_) + i * right_size_;
     O* const h = transposes_h_ || kPairs<O>
                      ? buffer<O>(Buffer::kSource, most_window_ * window_.width * c_)
                      : right;
-    window_.fill(op_.shape, u, first, rows, static_cast<const A*>(op_.affine), op_.activation, h);
+    window_.fill(op_.shape, image_at(band), first, rows, static_cast<const A*>(op_.affine),
+                 op_.activation, h);
     O* const left = buffer<O>(Buffer::kTransposed, together * left_size_) + i * left_size_;
     if (transposes_h_)
       transpose_planes(h, window_.rows(op_.shape, rows), left);
@@ -86,10 +84,18 @@ class WeightGradient {
     }
   }
 
+  // Lets ahead want what the operands of a band are made of.
+  void want(const OutputGradient<S>& grad, int64_t band, Ahead& ahead) const {
+    const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
+    const int64_t row = bands.image(band) * op_.shape.output.height + first;
+    grad.want(row * q_, rows * q_, ahead);
+    window_.want(op_.shape, image_at(band), first, rows, ahead);
+  }
+
   // Adds to a part's dW `count` bands from `first` on, of `together`, the operands that load()
   // made.
   void multiply(int64_t part, int64_t first, int64_t count, int64_t together,
-                const O* const* rights) const {
+                const O* const* rights, Ahead& ahead) const {
     const O* const left = buffer<O>(Buffer::kTransposed, together * left_size_);
     const int64_t s = op_.shape.kernel_width;
     A* const dweight = partial_ + part * size_;
@@ -107,11 +113,12 @@ class WeightGradient {
                                tap / s * plane_width_ + tap % s / step_;
             const O* const b = rights[i] + column * (kPairs<O> ? 2 : 1);
             for (int64_t call = 0; call < calls; ++call)
-              tile_(m, std::min(kProductColumns, product_columns_ - column),
-                    depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_, product_columns_,
-                    product_columns_, kAddsToZeros<O> || !begins || i > 0 || call > 0,
-                    a + call * window_.step_height * plane_width_,
-                    b + call * pitch_ * product_columns_, out + column);
+              ahead.multiply<O, A>(tile_, m, std::min(kProductColumns, product_columns_ - column),
+                                   depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_,
+                                   product_columns_, product_columns_,
+                                   kAddsToZeros<O> || !begins || i > 0 || call > 0,
+                                   a + call * window_.step_height * plane_width_,
+                                   b + call * pitch_ * product_columns_, out + column);
           }
       }
   }
@@ -162,6 +169,11 @@ class WeightGradient {
   const int64_t right_size_ = depth(bands.rows_per_band * pitch_) * product_columns_;
   const Tile<O, A> tile_;
   A* const partial_;  // [parts][R, S, product_rows, product_columns]
+
+  const S* image_at(int64_t band) const {
+    const ImageShape& input = op_.shape.input;
+    return static_cast<const S*>(op_.input) + bands.image(band) * input.height * input.width * c_;
+  }
 
   // Of a product over so many pixels.
   int64_t depth(int64_t pixels) const { return ceil_div(pixels, step_depth_) * step_depth_; }

@@ -1,0 +1,74 @@
+// Memory that comes near while matrix products are computed.
+//
+// A product finds its operands in cache; the loops before and behind it wait for memory. So it is
+// computed some rows at a time, and before each time lines are asked for that will be wanted next.
+#pragma once
+
+#include <limits>
+
+#include "common.h"
+
+namespace preact {
+
+constexpr int64_t kRowsAtOnce = 48;  // a multiple of the rows that tiles keep in registers
+
+class Ahead {
+ public:
+  // rows: of a product at a time.
+  explicit Ahead(int64_t rows) : rows_(rows) {}
+
+  // Forgets what has not been asked for.
+  void clear() { next_ = count_ = 0; }
+
+  // Values that will be wanted, in the order of the calls; null is none.
+  template <typename S>
+  void want(const S* values, int64_t count) {
+    if (values && count > 0 && count_ < kMost)
+      wanted_[count_++] = {reinterpret_cast<const char*>(values),
+                           reinterpret_cast<const char*>(values + count)};
+  }
+
+  // tile(m, n, k, ...)
+  template <typename O, typename A>
+  void multiply(const Tile<O, A>& tile, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
+                int64_t ldc, bool accumulate, const O* a, const O* b, A* c) {
+    while (m > 0) {
+      const int64_t rows = next_ < count_ ? std::min(m, rows_) : m;
+      ask(rows * n * k / kMultiplicationsPerLine);
+      tile(rows, n, k, lda, ldb, ldc, accumulate, a, b, c);
+      m -= rows;
+      a += rows * lda;
+      c += rows * ldc;
+    }
+  }
+
+ private:
+  struct Range {
+    const char *begin, *end;
+  };
+  static constexpr int kMost = 4;
+  static constexpr int64_t kMultiplicationsPerLine = 256;  // in the time that one takes to come
+
+  void ask(int64_t lines) {
+    for (; next_ < count_ && lines > 0; --lines) {
+      Range& range = wanted_[next_];
+      __builtin_prefetch(range.begin, 0, 2);  // to L2: L1 is the product's
+      range.begin += kLineBytes;
+      if (range.begin >= range.end) ++next_;
+    }
+  }
+
+  const int64_t rows_;
+  Range wanted_[kMost];
+  int next_ = 0, count_ = 0;
+};
+
+// The Ahead of a thread's products with operands of type O. AMX is set up anew for each height of a
+// product, so there they stay whole.
+template <typename O>
+Ahead make_ahead(const Runtime& runtime) {
+  const bool whole = kPairs<O> && runtime.pairs_depth > 2;
+  return Ahead(whole ? std::numeric_limits<int64_t>::max() : kRowsAtOnce);
+}
+
+}  // namespace preact
