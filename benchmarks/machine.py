@@ -96,11 +96,18 @@ def synchronize(device: torch.device) -> None:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = processor_name(info.read_text()) if info.exists() else None
+    return found or platform.processor() or platform.machine()
+
+
+def processor_name(cpuinfo: str) -> str | None:
+    """The first processor's; where a virtual machine hides the number, with family and model."""
+    found = re.findall(r"^(model name|cpu family|model)\s*: (.+)$", cpuinfo, re.MULTILINE)
+    said = dict(reversed(found))
+    name = said.get("model name")
+    if name is None or re.search(r"\d", name) or not {"cpu family", "model"} <= said.keys():
+        return name
+    return f"{name} family {said['cpu family']} model {said['model']}"
 
 
 def _commit() -> str:

@@ -8,6 +8,7 @@ import torch
 from cases import all_cases
 from check import check, comparable, errors
 from contenders import EAGER, REFERENCE, Contender, contenders
+from machine import processor_name
 from measure import Traffic
 from operators import OPERATORS, OperatorCase
 
@@ -141,6 +142,14 @@ def test_floor_counts_what_moves():
         torch.empty_like(tensor).view(20)
         tensor + tensor
     assert (traffic.bytes, traffic.seconds) == (160, 80.0)
+
+
+def test_processors_without_a_number_have_their_family_and_model():
+    cpuinfo = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {}\n"
+    assert processor_name(cpuinfo.format("AMD EPYC") * 2) == "AMD EPYC family 25 model 17"
+    assert processor_name(cpuinfo.format("AMD EPYC 9354")) == "AMD EPYC 9354"
+    assert processor_name("model name\t: Neoverse-V\n") == "Neoverse-V"
+    assert processor_name("Features\t: fp asimd\n") is None
 
 
 def test_bench_measures_a_selection(tmp_path, monkeypatch):
