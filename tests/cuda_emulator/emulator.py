@@ -187,6 +187,7 @@ class Emulator:
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             for line in said.splitlines():
                 address, _, name = line.partition(" ")
-                if address and "_kernel" in name:
+                # some lambdas inside of kernels have names that nm cannot read
+                if address and "_kernel" in name and "_Z" not in name:
                     self._kernels[int(address, 16)] = kernel_name(name)
         return self._kernels[offset]
