@@ -259,13 +259,12 @@ class OutputGradient {
     if (dy_)
       residual_grad_rows(residual_ ? residual_ + offset : nullptr, g_ + offset, output_ + offset,
                          count, channels_, coefficients_.data(), dy_ + offset);
-    const S* const as_it_lies = dy_ ? dy_ : output_ ? nullptr : g_;
+    // Of a residual sum dy is there by now, a gradient like any other.
+    const S* const g = (dy_ ? dy_ : g_) + offset;
+    const S* const output = dy_ || !output_ ? nullptr : output_ + offset;
     if constexpr (std::is_same_v<S, O>)
-      if (as_it_lies) return as_it_lies + offset;
-    if (dy_)
-      output_grad_rows(dy_ + offset, nullptr, count, channels_, nullptr, loaded);
-    else
-      load(first, count, loaded);
+      if (!output) return g;
+    output_grad_rows(g, output, count, channels_, coefficients_.data(), loaded);
     return loaded;
   }
 
