@@ -1,9 +1,10 @@
 """nvcc's own view of every kernel: no warnings, no spills, tensor cores at work. Needs no GPU."""
 
 import re
+import subprocess
 
 import pytest
-from machine_code import CSRC, KERNELS, cuobjdump, nvcc
+from machine_code import CSRC, FLAGS, KERNELS, cuobjdump, known_architectures, nvcc, read_kernels
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
@@ -61,3 +62,20 @@ def test_pieces_move_in_one_instruction(kernels):
                 assert ("STG", 128) in moves, code
             if "preact_conv" in kernel.name:
                 assert {("LDS", 128), ("STS", 128), ("LDGSTS", 128)} <= moves, code
+
+
+@needs_cuobjdump
+@pytest.mark.skipif(
+    nvcc() is None or "90a" not in known_architectures(), reason="this nvcc knows no sm_90a"
+)
+@pytest.mark.parametrize("file", ["cuda/preact_conv_dgrad.cu", "cuda/residual_grad.cu"])
+def test_hopper_has_the_same_code_from_the_oldest_translation(kernels, file, tmp_path):
+    """As setup.py has it: up to 9.0 everything is translated once, for the oldest."""
+    cubin = tmp_path / "own.cubin"
+    command = [nvcc(), *FLAGS, "-arch=sm_90a", str(CSRC / file), "-o", str(cubin)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    own = read_kernels(file, cubin, said)
+    shipped = {kernel.name: kernel for kernel in kernels["90a", file]}
+    assert own.keys() == shipped.keys()
+    for name, kernel in own.items():
+        assert kernel.instructions and kernel.instructions == shipped[name].instructions, name
