@@ -12,7 +12,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 KERNELS = (CSRC / "sources_cuda.txt").read_text().split()
-ARCHITECTURES = {"80": "80", "90a": "80", "100": "100"}  # and for what setup.py translates
+ARCHITECTURES = {"80": "80", "90a": "80", "100": "100"}  # each: what setup.py translates it for
 FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Werror=all-warnings", "-Xptxas=-v", "-cubin"]
 
 

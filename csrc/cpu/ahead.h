@@ -20,12 +20,13 @@ class Ahead {
   // Forgets what has not been asked for.
   void clear() { next_ = count_ = 0; }
 
-  // Values that will be wanted, in the order of the calls; null is none.
+  // Values [first, first + count) of a tensor of S will be wanted, in the order of the calls; there
+  // is none where it is null.
   template <typename S>
-  void want(const S* values, int64_t count) {
-    if (values && count > 0 && count_ < kMost)
-      wanted_[count_++] = {reinterpret_cast<const char*>(values),
-                           reinterpret_cast<const char*>(values + count)};
+  void want(const void* tensor, int64_t first, int64_t count) {
+    if (!tensor || count <= 0 || count_ == kMost) return;
+    const char* const begin = static_cast<const char*>(tensor) + first * sizeof(S);
+    wanted_[count_++] = {begin, begin + count * sizeof(S)};
   }
 
   // tile(m, n, k, ...)

@@ -109,7 +109,7 @@ struct Window {
     const int64_t top = first * step_height * gather_height - shape.pad_top;
     const int64_t end = top + rows(shape, output_rows) * gather_height;
     const int64_t begin = std::max<int64_t>(top, 0);
-    ahead.want(image + begin * row, (std::min(end, shape.input.height) - begin) * row);
+    ahead.want<S>(image, begin * row, (std::min(end, shape.input.height) - begin) * row);
   }
 
   // Fills h for output rows [first, first + output_rows) of an image [H, W, C].
@@ -271,7 +271,7 @@ class OutputGradient {
   // Lets ahead want what pixels [first, first + count) are made of.
   void want(int64_t first, int64_t count, Ahead& ahead) const {
     for (const S* tensor : {g_, output_, residual_})
-      ahead.want(tensor ? tensor + first * channels_ : nullptr, count * channels_);
+      ahead.want<S>(tensor, first * channels_, count * channels_);
   }
 
   // The same, not of a residual sum, into `loaded`.

@@ -90,10 +90,8 @@ class InputGradient {
       const int64_t rows = std::min(tile_rows_, end - row);
       const int64_t first_value = (image * height_ + row) * width_ * c_;
       ahead.clear();
-      for (const void* tensor :
-           {static_cast<const void*>(op_.g), op_.addend, op_.residual, op_.input})
-        ahead.want(tensor ? static_cast<const S*>(tensor) + first_value : nullptr,
-                   rows * width_ * c_);
+      const void* const touched[] = {op_.g, op_.addend, op_.residual, affine ? op_.input : nullptr};
+      for (const void* tensor : touched) ahead.want<S>(tensor, first_value, rows * width_ * c_);
       if (adds_to_zeros_ || !every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
       for (int64_t x = row; x < (joined_ ? row + 1 : row + rows); ++x)
         multiply(x, joined_ ? rows : 1, dy, source_first, out + (x - row) * pitch_ * c_, ahead);

@@ -59,8 +59,8 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
         const int64_t calls = joined ? 1 : rows, m = joined ? (rows - 1) * pitch + q : q;
         const int64_t first_value = (image * p + row) * q * k;
         ahead.clear();
-        for (const void* tensor : {static_cast<const void*>(op.output), op.residual})
-          ahead.want(tensor ? static_cast<const S*>(tensor) + first_value : nullptr, rows * q * k);
+        ahead.want<S>(op.output, first_value, rows * q * k);
+        ahead.want<S>(op.residual, first_value, rows * q * k);
         if (row + rows == end && band + 1 < end_band)
           window.want(shape, image_at(band + 1), bands.first_row(band + 1),
                       bands.end_row(band + 1) - bands.first_row(band + 1), ahead);
