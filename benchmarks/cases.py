@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from contenders import Contender
-from graphs import captured
+from graphs import Captured
 from operators import OperatorCase, operator_cases, rotated
 from torch import Tensor, nn
 
@@ -105,7 +105,7 @@ class Case:
             model.zero_grad(set_to_none=True)  # each step starts without, so that its peak has them
             return [output.detach(), *grads]
 
-        run_step = captured(step, batch[0]) if contender.captured else step
+        run_step = Captured(step, batch[0]) if contender.captured else step
 
         def next_step(index: int) -> list[Tensor]:
             if contender.compiled == "max-autotune":

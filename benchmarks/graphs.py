@@ -10,25 +10,29 @@ from torch.autograd import DeviceType
 WARMUP = 3  # what libraries choose and allocate once must be done before the capture
 
 
-def captured(step: Callable[[Tensor], list[Tensor]], images: Tensor) -> Callable[[Tensor], Any]:
-    """step as one graph launch; it reads images from a buffer that each call fills first."""
-    static = images.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP):
-            step(static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(static)
+class Captured:
+    """A step as one graph launch; it reads images from a buffer that each call fills first.
 
-    def replay(images: Tensor) -> list[Tensor]:
-        static.copy_(images)
-        graph.replay()
-        return results
+    It keeps the step, since a graph reads the memory of what the step holds: a model that nobody
+    else holds would be freed, and its memory given to others.
+    """
 
-    return replay
+    def __init__(self, step: Callable[[Tensor], list[Tensor]], images: Tensor) -> None:
+        self.step, self.images = step, images.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):
+                step(self.images)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = step(self.images)
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.results
 
 
 def launches(step: Callable[[int], Any]) -> int:

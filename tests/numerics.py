@@ -276,7 +276,7 @@ def expect(
                 drawn = torch.stack([_errors(draw[name], true, dim) for draw in drawn_results])
                 channels = true.shape[min(1, true.dim() - 1)] if true.dim() else 1
                 times = single if dim is not None else base + shared / math.sqrt(channels)
-                floor += times * torch.tensor([[1.0], [2.0]]) * drawn.square().mean(0).sqrt()
+                floor += times * drawn.new_tensor([[1.0], [2.0]]) * drawn.square().mean(0).sqrt()
             limits[name, dim] = _errors(eager[name], true, dim), floor
     return Expected(truth, {name: value.dtype for name, value in eager.items()}, limits)
 
@@ -371,7 +371,7 @@ def _remembered(key: Any, expected: Callable[[], Expected]) -> Expected:
 def _fingerprint(value: Any) -> Any:
     if isinstance(value, Tensor):
         values = value.detach().contiguous().flatten().view(torch.uint8)
-        return hash(values.numpy().tobytes()), value.shape, value.dtype
+        return hash(values.cpu().numpy().tobytes()), value.shape, value.dtype
     if isinstance(value, Case):
         value = tuple(vars(value).values())
     return tuple(map(_fingerprint, value)) if isinstance(value, list | tuple) else value

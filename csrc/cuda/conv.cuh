@@ -42,6 +42,19 @@ int choose_stages(const CudaRuntime& runtime, Kernel kernel, int threads, int64_
   return stages;
 }
 
+// Quotients of numbers in [0, 2^20) by a divisor, by its reciprocal: division takes twenty
+// instructions. Half a unit keeps quotients away from where rounding could tip them.
+struct SmallDivisor {
+  int divisor;
+  float inverse;
+
+  PREACT_DEVICE explicit SmallDivisor(int divisor)
+      : divisor(divisor), inverse(reciprocal(static_cast<float>(divisor))) {}
+  PREACT_DEVICE int operator()(int i) const {
+    return static_cast<int>((static_cast<float>(i) + 0.5f) * inverse);
+  }
+};
+
 // --- geometry ------------------------------------------------------------------------------------
 
 // One axis, rows or columns. Output i of the GEMM reads source pixels
@@ -103,14 +116,13 @@ inline ConvShape flattened(ConvShape shape) {
 // The output pixels of a tile: columns run fastest. Several images only if each is there whole.
 struct Patch {
   int images, rows, columns;
+  // How many patches lie on the axes that it was chosen for, and on all images; a division of 64
+  // bits takes a block as long as a hundred multiplications.
+  int down, across, tiles;
 
   __host__ __device__ int pixels() const { return images * rows * columns; }
   __host__ __device__ int window(const Axis& r, const Axis& c) const {
     return images * r.window(rows) * c.window(columns);
-  }
-  __host__ __device__ int64_t tiles(int64_t all_images, const Axis& r, const Axis& c) const {
-    return ((all_images + images - 1) / images) * ((r.outputs + rows - 1) / rows) *
-           ((c.outputs + columns - 1) / columns);
   }
 };
 
@@ -129,16 +141,19 @@ inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most
   const auto fits = [&](const Patch& patch) {
     return patch.window(r, c) <= most_window && near(patch, r, c) && near(patch, down, across);
   };
-  Patch best{1, 1, 1};
+  const auto count = [&](const Patch& patch) {
+    return static_cast<double>(ceil_div(images, patch.images) * ceil_div(r.outputs, patch.rows) *
+                               ceil_div(c.outputs, patch.columns));
+  };
+  Patch best{1, 1, 1, 0, 0, 0};
   double lowest = std::numeric_limits<double>::infinity();
   for (int columns = 1; columns <= std::min<int64_t>(most, c.outputs); ++columns) {
     const int64_t bands = ceil_div(r.outputs, std::min<int64_t>(most / columns, r.outputs));
-    Patch patch{1, static_cast<int>(ceil_div(r.outputs, bands)), columns};
+    Patch patch{1, static_cast<int>(ceil_div(r.outputs, bands)), columns, 0, 0, 0};
     if (patch.rows == r.outputs && columns == c.outputs)
       patch.images = static_cast<int>(std::min<int64_t>(images, most / patch.pixels()));
     if (!fits(patch)) continue;
-    const double cost =
-        static_cast<double>(patch.tiles(images, r, c)) * (most + patch.window(r, c));
+    const double cost = count(patch) * (most + patch.window(r, c));
     if (cost < lowest) {
       lowest = cost;
       best = patch;
@@ -146,6 +161,11 @@ inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most
   }
   if (!fits(best))
     throw std::invalid_argument("weight: this kernel size does not fit into shared memory");
+  if (count(best) > std::numeric_limits<int>::max())
+    throw std::invalid_argument("input: more pixels than 2^31 tiles have");
+  best.down = static_cast<int>(ceil_div(r.outputs, best.rows));
+  best.across = static_cast<int>(ceil_div(c.outputs, best.columns));
+  best.tiles = static_cast<int>(count(best));
   return best;
 }
 
@@ -153,12 +173,13 @@ inline Patch choose_patch(int64_t images, const Axis& r, const Axis& c, int most
 struct Origin {
   int64_t image, row, column;
 
-  PREACT_DEVICE Origin(int64_t tile, const Patch& patch, const Axis& r, const Axis& c) {
-    const int64_t across = (c.outputs + patch.columns - 1) / patch.columns;
-    const int64_t down = (r.outputs + patch.rows - 1) / patch.rows;
-    column = tile % across * patch.columns;
-    row = tile / across % down * patch.rows;
-    image = tile / across / down * patch.images;
+  PREACT_DEVICE Origin(int tile, const Patch& patch) {
+    const auto in_rows = static_cast<unsigned>(tile) / static_cast<unsigned>(patch.across);
+    const auto in_images = in_rows / static_cast<unsigned>(patch.down);
+    column = int64_t{tile - static_cast<int>(in_rows) * patch.across} * patch.columns;
+    row = int64_t{static_cast<int>(in_rows - in_images * static_cast<unsigned>(patch.down))} *
+          patch.rows;
+    image = int64_t{in_images} * patch.images;
   }
 };
 
@@ -216,10 +237,11 @@ struct Region {
   PREACT_DEVICE int columns() const { return c.window(patch.columns); }
   PREACT_DEVICE int pixels() const { return patch.window(r, c); }
 
-  PREACT_DEVICE RegionPixel pixel(int i) const {
+  PREACT_DEVICE RegionPixel pixel(int i, const SmallDivisor& by_rows,
+                                  const SmallDivisor& by_columns) const {
     if (i >= pixels()) return {pack(kNowhere, 0, 0) | kGuards, 0};
-    const int of_image = rows() * columns();
-    const int image = i / of_image, row = i % of_image / columns(), column = i % columns();
+    const int above = by_columns(i), image = by_rows(above);
+    const int row = above - image * by_rows.divisor, column = i - above * by_columns.divisor;
     const int64_t line = image * r.source + row * r.gather;
     return {pack(image, row, column) | kGuards,
             static_cast<uint32_t>(line * c.source + column * c.gather)};
@@ -229,12 +251,16 @@ struct Region {
     return x < 0 ? 0 : x < most ? static_cast<int>(x) : most;
   }
   // Of `pixels` rows or columns, each `gather` behind the one before, those that lie in [0, size)
-  // if the first one is at x.
+  // if the first one is at x: all but a few in a few tiles, so that division is rare.
   PREACT_DEVICE static int first_inside(int64_t x, int gather, int pixels) {
-    return clamped((gather - 1 - x) / gather, pixels);
+    if (x >= 0) return 0;
+    return x + int64_t{pixels} * gather <= 0 ? pixels
+                                             : (gather - 1 - static_cast<int>(x)) / gather;
   }
   PREACT_DEVICE static int end_inside(int64_t x, int gather, int pixels, int64_t size) {
-    return clamped((size - x + gather - 1) / gather, pixels);
+    const int64_t left = size - x;
+    if (left >= int64_t{pixels} * gather) return pixels;
+    return left <= 0 ? 0 : (static_cast<int>(left) + gather - 1) / gather;
   }
   PREACT_DEVICE Place place(const Origin& o) const {
     const int64_t y = o.row * r.step * r.gather + r.offset;
@@ -254,9 +280,10 @@ struct Region {
 // follow.
 template <int kThreads>
 PREACT_DEVICE void fill_pixel_table(const Region& region, int count, RegionPixel* table) {
+  const SmallDivisor by_rows(region.rows()), by_columns(region.columns());
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
-    store_shared(table + i, region.pixel(i));
+    store_shared(table + i, region.pixel(i, by_rows, by_columns));
 }
 
 // --- operands ------------------------------------------------------------------------------------
@@ -335,18 +362,21 @@ __host__ __device__ constexpr int pitch(int columns, bool transposed) {
 
 // Zeros where it is not there.
 template <typename T>
-PREACT_DEVICE void copy_piece(T* shared, const T* global, bool there) {
+PREACT_DEVICE void copy_piece(SharedAddress shared, const T* global, bool there) {
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
-    copy16(shared + i * 8 * 2 / static_cast<int>(sizeof(T)),
-           global + i * 8 * 2 / static_cast<int>(sizeof(T)), there);
+    copy16(shared + i * 16, global + i * 16 / static_cast<int>(sizeof(T)), there);
+}
+template <typename T>
+PREACT_DEVICE void copy_piece(T* shared, const T* global, bool there) {
+  copy_piece(shared_address(shared), global, there);
 }
 
 // Likewise, of a piece that is no vector: numbers `stride` apart, of which the first `valid` are
 // there.
 template <typename T>
 PREACT_DEVICE void store_numbers(T* shared, const T* global, int64_t stride, int valid) {
-#pragma unroll
+#pragma unroll 1
   for (int j = 0; j < kPiece; ++j)
     store_shared(shared + j, j < valid ? load(global + j * stride) : T{});
 }
@@ -366,7 +396,7 @@ PREACT_DEVICE int row_of_thread(int i) {
 // but partial results that stay small against the bytes that are read, and at most one for each of
 // `tiles`.
 inline int64_t choose_splits(int64_t to_fill, int64_t read, int64_t partial, int64_t tiles) {
-  const int64_t most = std::max<int64_t>(read / partial, 16);
+  const int64_t most = std::max<int64_t>(read / partial, 48);
   return std::clamp<int64_t>(std::min(to_fill, most), 1, tiles);
 }
 
@@ -443,16 +473,16 @@ struct Window {
     channel += column();
     if (source.channels.valid(channel) <= 0 || source.plain()) return;
     source.with_function(channel, [&](const auto& function) {
-      int bit = 0;
-#pragma unroll 1
-      for (int w = first_pixel(); w < pixels; w += kRowStep, ++bit) {
-        if (!(inside >> bit & 1)) continue;
+      // Padding is computed too and not stored: without a jump two pieces are under way at once.
+      constexpr int kAtOnce = Source::kTwo ? 1 : 2;
+#pragma unroll kAtOnce
+      for (int w = first_pixel(); w < pixels; w += kRowStep, inside >>= 1) {
         const int at = w * kPitch + column();
         Piece v, u{};
         read_piece(buffer + at, v);
         if constexpr (Source::kTwo) read_piece(second + at, u);
         function(v, u);
-        write_piece(buffer + at, v);
+        if (inside & 1) write_piece(buffer + at, v);
       }
     });
   }
@@ -463,35 +493,46 @@ struct Window {
 PREACT_DEVICE void fill_row_table(int* table, int rows, const Patch& patch, const Axis& r,
                                   const Axis& c, int row_pitch) {
   const int window_rows = r.window(patch.rows), window_columns = c.window(patch.columns);
+  const SmallDivisor by_rows(patch.rows), by_columns(patch.columns);
+#pragma unroll 1
   for (int m = static_cast<int>(threadIdx.x); m < rows; m += static_cast<int>(blockDim.x)) {
-    const int n = m / (patch.rows * patch.columns);
-    const int i = m / patch.columns % patch.rows, j = m % patch.columns;
+    const int above = by_columns(m), n = by_rows(above);
+    const int i = above - n * patch.rows, j = m - above * patch.columns;
     const int w = (n * window_rows + i * r.step) * window_columns + j * c.step;
     store_shared(table + m, m < patch.pixels() ? w * row_pitch : 0);
   }
 }
 
-// Copies W[k0 : k0 + kRows, c0 : c0 + kColumns] of one tap into shared memory, zero beyond the end.
-template <typename T, int kRows, int kColumns, int kPitch, int kThreads>
+// Copies W[k0 : k0 + kRows, c0 : c0 + kColumns] of `taps` taps in a row of the kernel, `tap_step`
+// apart, into shared memory, kTile elements each; zero beyond the end.
+template <typename T, int kRows, int kColumns, int kPitch, int kTile, int kThreads>
 PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
                                  const Channels& channels, int64_t k0, int64_t c0, int tap_row,
-                                 int tap_column, T* shared) {
+                                 int tap, int taps, int tap_step, T* shared) {
   constexpr int kPieces = kColumns / kPiece, kRowStep = kThreads / kPieces;
   static_assert(kRowStep * kPieces == kThreads && kRowStep % 8 == 0 && kRows % kRowStep == 0);
   const int thread = static_cast<int>(threadIdx.x), row = row_of_thread<T, kPieces>(thread);
   const int column = thread % kPieces * kPiece, valid = channels.valid(c0 + column);
-  const int64_t rows_left = valid > 0 ? output_channels - k0 : 0;
-  T* const to = shared + row * kPitch + column;
-  const T* const from = static_cast<const T*>(weight.data) + tap_row * weight.stride_r +
-                        tap_column * weight.stride_s + (k0 + row) * weight.stride_k +
-                        (c0 + column) * weight.stride_c;
-#pragma unroll
-  for (int i = 0; i < kRows; i += kRowStep) {
-    const T* const of_row = from + i * weight.stride_k;
+  const int64_t left = valid > 0 ? output_channels - k0 : 0;
+  const int rows_left = left < kRows ? static_cast<int>(left) : kRows;
+  T* to = shared + row * kPitch + column;
+  const T* from = static_cast<const T*>(weight.data) + tap_row * weight.stride_r +
+                  tap * weight.stride_s + (k0 + row) * weight.stride_k +
+                  (c0 + column) * weight.stride_c;
+  const int64_t next_rows = kRowStep * weight.stride_k, next_tap = tap_step * weight.stride_s;
+#pragma unroll 1
+  for (int t = 0; t < taps; ++t, to += kTile, from += next_tap) {
+    const T* of_row = from;
     if (channels.vectors) {
-      copy_piece(to + i * kPitch, of_row, row + i < rows_left);
+      const SharedAddress address = shared_address(to);
+#pragma unroll
+      for (int i = 0; i < kRows; i += kRowStep, of_row += next_rows)
+        copy_piece<T>(address + i * kPitch * static_cast<int>(sizeof(T)), of_row,
+                      row + i < rows_left);
     } else {
-      store_numbers(to + i * kPitch, of_row, weight.stride_c, row + i < rows_left ? valid : 0);
+#pragma unroll 1
+      for (int i = 0; i < kRows; i += kRowStep, of_row += next_rows)
+        store_numbers(to + i * kPitch, of_row, weight.stride_c, row + i < rows_left ? valid : 0);
     }
   }
 }
@@ -507,8 +548,9 @@ inline Channels weight_channels(const Weight& w, int64_t count) {
 // --- multiplication ------------------------------------------------------------------------------
 
 // A warp's c[t][16 * kM, 8 * kN] += a[16 * kM, 16] b[t][16, 8 * kN] for each t < taps, the columns
-// from `live` on left out. a_at(m, k) and b_at(t, n, k) point into shared memory; transposed means
-// that m, or n, runs fastest there, else k does. Thread l has c[..][2 * h + e] at row l / 4 + 8 *
+// from `live` on left out. a_at(m, i, k) of row 16 * m + i and b_at(t, n, k) point into shared
+// memory; transposed means that the row, or n, runs fastest there, else k does. On tensor cores i
+// is lane % 16 where a is not transposed. Thread l has c[..][2 * h + e] at row l / 4 + 8 *
 // h, column l % 4 * 2 + e.
 template <typename T, bool kATransposed, bool kBTransposed, int kTaps, int kM, int kN, typename A,
           typename B>
@@ -521,9 +563,9 @@ PREACT_DEVICE void multiply(float (&c)[kTaps][kM][kN][4], int taps, int live, co
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       if constexpr (kATransposed)
-        load_matrices_transposed(a[m], a_at(16 * m + middle, low + high));
+        load_matrices_transposed(a[m], a_at(m, middle, low + high));
       else
-        load_matrices(a[m], a_at(16 * m + low + middle, high));
+        load_matrices(a[m], a_at(m, lane % 16, high));
     }
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
@@ -554,9 +596,9 @@ PREACT_DEVICE void multiply(float (&c)[kTaps][kM][kN][4], int taps, int live, co
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             a[m][i] = __float_as_uint(
-                widen(load_shared(a_at(16 * m + row + i % 2 * 8, k + column + i / 2 * 4))));
+                widen(load_shared(a_at(m, row + i % 2 * 8, k + column + i / 2 * 4))));
         } else {
-          load_matrices(a[m], a_at(16 * m + lane % 16, k + lane / 16 * 4));
+          load_matrices(a[m], a_at(m, lane % 16, k + lane / 16 * 4));
         }
 #pragma unroll
         for (uint32_t& one : a[m]) round_to_tf32(one);
@@ -596,7 +638,7 @@ PREACT_DEVICE void multiply(float (&c)[kTaps][kM][kN][4], int taps, int live, co
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
-          for (int h = 0; h < 2; ++h) a[m][h] = load_shared(a_at(16 * m + lane / 4 + 8 * h, k));
+          for (int h = 0; h < 2; ++h) a[m][h] = load_shared(a_at(m, lane / 4 + 8 * h, k));
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           if (8 * n >= live) break;

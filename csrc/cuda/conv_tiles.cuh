@@ -35,9 +35,12 @@ template <int kPixels_, int kAcross_, int kWarpPixels_>
 struct ConvTile {
   static constexpr int kPixels = kPixels_, kAcross = kAcross_, kWarpPixels = kWarpPixels_;
   static constexpr int kChannels = kAcross * kWarpChannels;
-  static constexpr bool kSilu = kWarpPixels == 32;  // or ReLU alone: SiLU's registers would spill
+  static constexpr bool kSilu = kWarpPixels <= 32;  // or ReLU alone: SiLU's registers would spill
   static constexpr int kWarpsDown = kPixels / kWarpPixels;
   static constexpr int kThreads = 32 * kWarpsDown * kAcross;
+  // Of a multiprocessor, for which registers are spared: a warp waits most of its time, and others
+  // have to work meanwhile.
+  static constexpr int kBlocks = kWarpPixels == 16 ? 2 : 1;
   // Of a warp: its stage, and where in the result tensor each of its pixels goes.
   static constexpr int64_t kWarpBytes =
       kStageBytes + kWarpPixels * static_cast<int64_t>(sizeof(int64_t));
@@ -55,7 +58,8 @@ struct ConvTile {
   static constexpr int kPixelsAt = kResultsAt + kPixels * static_cast<int>(sizeof(RegionPixel));
   static_assert(kPixelsAt % 128 == 0);
 };
-using SmallTile = ConvTile<128, 1, 32>;
+template <typename T>
+using SmallTile = ConvTile<128, 1, sizeof(T) == 2 ? 16 : 32>;
 using WideTile = ConvTile<128, 2, 32>;
 using LargeTile = ConvTile<256, 2, 64>;
 using WidestTile = ConvTile<128, 4, 64>;
@@ -150,7 +154,7 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
       resident_blocks(kernel, Tile::kThreads, tiling.shared.total, runtime.device) *
       multiprocessors(runtime.device);
   const int64_t blocks =
-      std::clamp<int64_t>(resident / (tiles_across * phases), 1, tiling.patch.tiles(images, r, c));
+      std::clamp<int64_t>(resident / (tiles_across * phases), 1, tiling.patch.tiles);
   return {tiling, {static_cast<unsigned>(blocks * tiles_across), 1, static_cast<unsigned>(phases)}};
 }
 
@@ -178,7 +182,7 @@ void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixe
     if (fills(LargeTile(), kWidestBytes)) return run.template operator()<LargeTile>();
     if (fills(WideTile(), kWideBytes)) return run.template operator()<WideTile>();
   }
-  run.template operator()<SmallTile>();
+  run.template operator()<SmallTile<T>>();
 }
 
 // A step of a tile, counted in the kernel's taps and the source's channels: where its weights are
@@ -249,8 +253,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   const int live_pieces = (live + kPiece - 1) / kPiece;
   const int source_channels = static_cast<int>(source.channels.count);
   const int steps = (source_channels + kChunk - 1) / kChunk * r.taps * steps_across(c.taps);
-  const int64_t all_tiles = tiling.patch.tiles(tiling.images, r, c);
-  const int tiles = static_cast<int>((all_tiles - block + blocks - 1) / blocks);
+  const int tiles = (tiling.patch.tiles - block + blocks - 1) / blocks;
 
   const Window<T, Source, kChunk / kPiece, false, Tile::kThreads> window(
       source, r, c, tiling.patch, tiling.images,
@@ -262,25 +265,22 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   };
   // A tile's divisions are made by one thread, a tile before anybody needs them.
   const auto find_places = [&](int tile) {
-    const Origin origin(block + int64_t{tile} * blocks, tiling.patch, r, c);
+    const Origin origin(block + tile * blocks, tiling.patch);
     places[tile % kPlaces] = {window.region.place(origin), with_results([&](const Region& results) {
                                 return results.place(origin);
                               })};
   };
   const auto fetch_step_weights = [&](const Step& step, T* to) {
     const int row = r.weight_first + step.row * r.weight_step;
-    for (int t = 0; t < kTapsPerStep && step.first_tap + t < c.taps; ++t) {
-      const int tap = c.weight_first + (step.first_tap + t) * c.weight_step;
-      T* const tile = to + t * kWeightTile<T, kDgrad, Tile>;
-      if constexpr (kDgrad)
-        fetch_weights<T, kChunk, Tile::kChannels, kWeightPitch<T, true, Tile>, Tile::kThreads>(
-            weight, tiling.output_channels, tiling.weights, step.channel, first_channel, row, tap,
-            tile);
-      else
-        fetch_weights<T, Tile::kChannels, kChunk, kWeightPitch<T, false, Tile>, Tile::kThreads>(
-            weight, tiling.output_channels, tiling.weights, first_channel, step.channel, row, tap,
-            tile);
-    }
+    const int tap = c.weight_first + step.first_tap * c.weight_step;
+    const int left = c.taps - step.first_tap, taps = left < kTapsPerStep ? left : kTapsPerStep;
+    constexpr int kRows = kDgrad ? kChunk : Tile::kChannels;
+    constexpr int kColumns = kDgrad ? Tile::kChannels : kChunk;
+    fetch_weights<T, kRows, kColumns, kWeightPitch<T, kDgrad, Tile>, kWeightTile<T, kDgrad, Tile>,
+                  Tile::kThreads>(weight, tiling.output_channels, tiling.weights,
+                                  kDgrad ? step.channel : first_channel,
+                                  kDgrad ? first_channel : step.channel, row, tap, taps,
+                                  c.weight_step, to);
   };
   // Starts the copies of the next step that has none, be it of another tile: one group for each
   // step, empty behind the last one.
@@ -330,6 +330,11 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   int64_t* const pixel_starts = reinterpret_cast<int64_t*>(of_warp + kStageBytes);
   typename Epilogue::Thread mine(epilogue, my_channel);
 
+  // Of the rows that ldmatrix has from this lane: where in the window they are, in every tile.
+  int row_starts[kM];
+#pragma unroll
+  for (int m = 0; m < kM; ++m) row_starts[m] = load_shared(table + warp_pixel + 16 * m + lane % 16);
+
   Step now;
   Slots slots;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -357,8 +362,11 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
           if (k0 >= source_left) break;
           multiply<T, false, kDgrad>(
               sums, live,
-              [&](int m, int k) {
-                return taps + load_shared(table + warp_pixel + m) + t * kPitch + k0 + k;
+              [&](int m, int i, int k) {
+                const int start = std::is_same_v<T, float>
+                                      ? load_shared(table + warp_pixel + 16 * m + i)
+                                      : row_starts[m];
+                return taps + start + t * kPitch + k0 + k;
               },
               [&](int n, int k) {
                 return kDgrad ? weights + (k0 + k) * kRow + warp_channel + n

@@ -261,7 +261,9 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
       for (int p0 = 0; p0 < kPixels; p0 += 16)
         multiply<T, true, true>(
             dweight, live_outputs,
-            [&](int m, int p) { return h + (p0 + p) * input_pitch + warp_input + m; },
+            [&](int m, int i, int p) {
+              return h + (p0 + p) * input_pitch + warp_input + 16 * m + i;
+            },
             [&](int n, int p) { return dy + (p0 + p) * output_pitch + warp_output + n; });
     }
     if (live <= 0) continue;
@@ -269,7 +271,10 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
 #pragma unroll 1
     for (int k0 = 0; k0 < outputs; k0 += 16)
       multiply<T, false, true>(
-          dh, live, [&](int m, int k) { return dy + (warp_pixel + m) * output_pitch + k0 + k; },
+          dh, live,
+          [&](int m, int i, int k) {
+            return dy + (warp_pixel + 16 * m + i) * output_pitch + k0 + k;
+          },
           [&](int n, int k) { return weights + (k0 + k) * input_pitch + warp_channel + n; });
     __syncwarp();  // the results before have been read
 #pragma unroll

@@ -63,7 +63,7 @@ struct DgradEpilogue {
 };
 
 template <typename T, class Tile>
-__global__ __launch_bounds__(Tile::kThreads) void preact_conv_dgrad_kernel(
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_dgrad_kernel(
     const ConvTiling tiling, const ConvShape s, const Gradient<T> source, const Weight weight,
     const DgradEpilogue<T, Tile::kSilu> epilogue, const ReductionMemory memory,
     float* sums) {  // [2, C] or null

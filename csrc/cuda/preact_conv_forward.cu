@@ -37,7 +37,7 @@ struct ForwardEpilogue {
 };
 
 template <typename T, class Tile>
-__global__ __launch_bounds__(Tile::kThreads) void preact_conv_forward_kernel(
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_forward_kernel(
     const ConvTiling tiling, const Axis rows, const Axis columns,
     const Activated<T, Tile::kSilu> source, const Weight weight, const ForwardEpilogue<T> epilogue,
     const ReductionMemory memory,

@@ -133,11 +133,11 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgr
   const bool works = live > 0 && part.k + warp_k < k && tap_row < rows.taps;
 
   float sums[kTaps][kM][kN][4] = {};
-  const int64_t all_tiles = tiling.patch.tiles(s.input.images, rows, columns);
-  const int tiles = static_cast<int>((all_tiles - blockIdx.x + tiling.splits - 1) / tiling.splits);
+  const int split = static_cast<int>(blockIdx.x);
+  const int tiles = (tiling.patch.tiles - split + tiling.splits - 1) / tiling.splits;
   // A tile's divisions are made by one thread, a tile before anybody needs them.
   const auto find_places = [&](int tile) {
-    const Origin origin(blockIdx.x + int64_t{tile} * tiling.splits, tiling.patch, rows, columns);
+    const Origin origin(split + tile * tiling.splits, tiling.patch);
     places[tile % kPlaces] = {dy.region.place(origin), h.region.place(origin)};
   };
   // Starts the copies of a tile: one group each, empty behind the last one.
@@ -180,7 +180,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgr
     for (int p0 = 0; p0 < Tile::kPixels; p0 += 16) {
       if (p0 >= tiling.patch.pixels()) break;
       multiply<T, true, true>(
-          sums, columns.taps, live, [&](int m, int p) { return a + (p0 + p) * kGradPitch + m; },
+          sums, columns.taps, live, [&](int m, int i, int p) { return a + (p0 + p) * kGradPitch + 16 * m + i; },
           [&](int t, int n, int p) { return b + load_shared(table + p0 + p) + t * kPitch + n; });
     }
   }
@@ -292,7 +292,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   tiling = lay_out(tiling, window, stages);
 
   const WgradGrid blocks =
-      wgrad_grid<Tile>(runtime, s, kBytes, tiling.patch.tiles(s.input.images, rows, columns));
+      wgrad_grid<Tile>(runtime, s, kBytes, tiling.patch.tiles);
   tiling.splits = static_cast<int>(blocks.splits);
   const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
   float* const partial =

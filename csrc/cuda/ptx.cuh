@@ -128,11 +128,16 @@ PREACT_DEVICE void store_shared(Bytes16* p, Bytes16 v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
+// Where something lies in shared memory, counted in bytes.
+using SharedAddress = uint32_t;
+PREACT_DEVICE SharedAddress shared_address(const void* shared) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
+}
+
 // Copies 16 bytes from global into shared memory, or zeros if they are not there, which are not
 // looked for then; done after copies_wait() by the same thread.
-PREACT_DEVICE void copy16(void* shared, const void* global, bool there) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+PREACT_DEVICE void copy16(SharedAddress shared, const void* global, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(there ? 16 : 0)
                : "memory");
 }
@@ -159,13 +164,13 @@ PREACT_DEVICE bool arrives_last(int* ticket, int calls) {
 // gets of each matrix the numbers 2 * (l % 4) and the next of row l / 4. Or four 8x4 matrices of
 // 32-bit numbers, of which it gets number l % 4 of row l / 4.
 PREACT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  const SharedAddress address = shared_address(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(address));
 }
 PREACT_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  const SharedAddress address = shared_address(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(address));
@@ -218,16 +223,24 @@ inline int64_t most_shared_bytes(int device) {
   return device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+// Lets a kernel have so much shared memory. 48 KB it has without; to ask for less would take them.
+template <typename... Parameters>
+void allow_shared_bytes(void (*kernel)(Parameters...), int64_t bytes) {
+  if (bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          "cudaFuncSetAttribute");
+}
+
 // How many blocks of a kernel a multiprocessor has room for at once.
 template <typename... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes,
                         int device) {
-  const int bytes = static_cast<int>(shared_bytes);
   int blocks = 0;
   check(cudaSetDevice(device), "cudaSetDevice");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "cudaFuncSetAttribute");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes),
+  allow_shared_bytes(kernel, shared_bytes);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
+                                                      static_cast<size_t>(shared_bytes)),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   return blocks;
 }
@@ -240,10 +253,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             int64_t shared_bytes, int device, void* stream, const Arguments&... arguments) {
   check(cudaSetDevice(device), name);
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          name);
+  allow_shared_bytes(kernel, shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid.x, grid.y, grid.z);
   config.blockDim = dim3(threads);

@@ -7,13 +7,6 @@
 
 namespace preact::cuda {
 
-// sum - carry += x, with what rounding loses kept in carry (Kahan)
-PREACT_DEVICE void add_exactly(float& sum, float& carry, float x) {
-  const float y = x - carry, total = sum + y;
-  carry = (total - sum) - y;
-  sum = total;
-}
-
 // How many of the parts first, first + step, ... there are. Loops count up to it, since only a loop
 // whose end is known before has its loads unrolled, none of them waiting for another.
 PREACT_DEVICE int parts_of_slice(int first, int parts, int step) {
@@ -43,7 +36,7 @@ struct Moments {
     total.shift = load(0, 1);
     float sum = 0;  // about the shift
     const int mine = parts_of_slice(first, parts, step);
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < mine; ++i) {
       const int part = first + i * step;
       const float n = load(part, 0);
@@ -51,7 +44,7 @@ struct Moments {
       sum = fmaf(n, load(part, 1) - total.shift + load(part, 2), sum);
     }
     if (total.count > 0.f) total.rest = sum / total.count;
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < mine; ++i) {
       const int part = first + i * step;
       const float d = load(part, 1) - total.shift + load(part, 2) - total.rest;
@@ -61,30 +54,29 @@ struct Moments {
   }
 };
 
-// Of a thread's values in each channel of its piece (Welford).
+// Of a thread's values in each channel of its piece, about the first of them: it is one of the
+// values, so that what its distance to the mean costs the squares in digits, it adds to them.
 struct PieceMoments {
   using Total = Moments;
-  float count = 0, share = 0;  // 1 / count, nearly: the squares only need that it stays the same
-  Piece shift{}, sum{}, carry{}, squares{};
+  float count = 0;
+  Piece shift{}, sum{}, squares{};
 
   PREACT_DEVICE void add(const Piece& x) {
     const bool first = count == 0.f;
-    const float share_before = share;
     count += 1.f;
-    share = reciprocal(count);
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) {
       if (first) shift[j] = x[j];
-      const float centred = x[j] - shift[j], d = fmaf(-share_before, sum[j], centred);
-      add_exactly(sum[j], carry[j], centred);
-      squares[j] = fmaf(d, fmaf(-share, sum[j], centred), squares[j]);
+      const float centred = x[j] - shift[j];
+      sum[j] += centred;
+      squares[j] = fmaf(centred, centred, squares[j]);
     }
   }
   PREACT_DEVICE void get(int j, float (&values)[Total::kValues]) const {
     values[0] = count;
     values[1] = shift[j];
-    values[2] = count > 0.f ? (sum[j] - carry[j]) / count : 0.f;
-    values[3] = squares[j];
+    values[2] = count > 0.f ? sum[j] / count : 0.f;
+    values[3] = not_negative(fmaf(-values[2], sum[j], squares[j]));
   }
 };
 
@@ -101,7 +93,7 @@ struct Sums {
   PREACT_DEVICE static Sums merged(int first, int parts, int step, const Load& load) {
     Sums total;
     const int mine = parts_of_slice(first, parts, step);
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < mine; ++i) {
       const int part = first + i * step;
       total.s1 += load(part, 0);

@@ -91,6 +91,18 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expec
         torch::headeronly::toString(tensor.scalar_type()));
 }
 
+inline std::string device_name(const torch::stable::Device& device) {
+  if (device.is_cpu()) return "cpu";
+  return (device.is_cuda() ? "cuda:" : "another device, ") + std::to_string(device.index());
+}
+
+// A kernel that reads another device's memory fails long after the call, and takes all with it.
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& input) {
+  const torch::stable::Device device = tensor.device(), expected = input.device();
+  check(device == expected, name, ": expected a tensor on ", device_name(expected),
+        ", as the input is, got one on ", device_name(device));
+}
+
 inline ImageShape image_shape(const Tensor& input) {
   const Sizes sizes = sizes_of(input);
   check(sizes.size() == 4, "input: expected (N, C, H, W), got shape ", text(sizes));
@@ -118,6 +130,7 @@ inline Tensor activation(const char* name, const Tensor& tensor, const Tensor& i
                          const ImageShape& shape) {
   check_shape(name, tensor, sizes_of(shape));
   check_dtype(name, tensor, input.scalar_type());
+  check_device(name, tensor, input);
   // A call through torch's dispatcher costs a microsecond even where nothing is to be done.
   return is_channels_last(tensor) ? tensor
                                   : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
@@ -132,6 +145,7 @@ inline Tensor vectors(const char* name, const Tensor& tensor, const Tensor& inpu
                       int64_t channels) {
   check_shape(name, tensor, {rows, channels});
   check_dtype(name, tensor, accumulator_of(input));
+  check_device(name, tensor, input);
   return in_order(tensor);
 }
 
@@ -140,6 +154,7 @@ inline Tensor vector(const char* name, const Tensor& tensor, const Tensor& input
                      int64_t channels) {
   check_shape(name, tensor, {channels});
   check_dtype(name, tensor, accumulator_of(input));
+  check_device(name, tensor, input);
   return in_order(tensor);
 }
 
@@ -186,6 +201,7 @@ inline Weight weight_of(const Tensor& weight, const Tensor& input, int64_t chann
   check(sizes.size() == 4 && sizes[1] == channels, "weight: expected shape (K, ", channels,
         ", R, S), got ", text(sizes));
   check_dtype("weight", weight, input.scalar_type());
+  check_device("weight", weight, input);
   const auto strides = weight.strides();
   // Of a dimension of size 1 torch's stride says nothing, and must not spoil the vectors.
   const auto stride = [&](size_t i) { return sizes[i] == 1 ? 0 : strides[i]; };

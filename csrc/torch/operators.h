@@ -121,6 +121,8 @@ struct Operators {
       const int64_t channels = mean.size(0);
       check_shape("running_var", var, {channels});
       check_dtype("running_var", var, mean.scalar_type());
+      check_device("running_mean", mean, stats[0]);
+      check_device("running_var", var, stats[0]);
       check(counts[i] > 1, "counts: expected more than 1 value per channel, got ", counts[i]);
       batch.push_back(vectors("stats", stats[i], stats[0], 2, channels));
       const double count = static_cast<double>(counts[i]);

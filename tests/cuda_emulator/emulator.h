@@ -148,7 +148,12 @@ PREACT_DEVICE void store_shared(T* p, T v) {
   *p = v;
 }
 
-PREACT_DEVICE void copy16(void* shared, const void* global, bool there) {
+using SharedAddress = unsigned char*;
+PREACT_DEVICE SharedAddress shared_address(void* shared) {
+  return static_cast<unsigned char*>(shared);
+}
+
+PREACT_DEVICE void copy16(SharedAddress shared, const void* global, bool there) {
   static constexpr Bytes16 kZeros{};
   emulator::check_aligned(shared, "copy16");
   emulator::check_aligned(global, "copy16");

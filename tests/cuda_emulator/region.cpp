@@ -20,8 +20,9 @@ void compare(const Axis& r, const Axis& c, int64_t images, int most) {
   constexpr int kBeyond = 10;  // as where a window is filled up
   const Patch patch = choose_patch(images, r, c, most, 2048);
   const Region region(r, c, patch, images, kChannels);
-  for (int64_t tile = 0; tile < patch.tiles(images, r, c); ++tile) {
-    const Origin origin(tile, patch, r, c);
+  const SmallDivisor by_rows(region.rows()), by_columns(region.columns());
+  for (int tile = 0; tile < patch.tiles; ++tile) {
+    const Origin origin(tile, patch);
     const Place place = region.place(origin);
     for (int i = 0; i < region.pixels() + kBeyond; ++i) {
       const int of_image = region.rows() * region.columns();
@@ -31,14 +32,13 @@ void compare(const Axis& r, const Axis& c, int64_t images, int most) {
       const bool there =
           i < region.pixels() && n < images && y >= 0 && y < r.source && x >= 0 && x < c.source;
       const int64_t element = ((n * r.source + y) * c.source + x) * kChannels;
-      const RegionPixel pixel = region.pixel(i);
+      const RegionPixel pixel = region.pixel(i, by_rows, by_columns);
       ++compared;
       inside += there;
       if (pixel.inside(place) == there && (!there || pixel.element(place, kChannels) == element))
         continue;
       if (++different < 10)
-        std::printf("tile %ld, pixel %d of %d x %d x %d: %d %ld, not %d %ld\n",
-                    static_cast<long>(tile), i, patch.images, region.rows(), region.columns(),
+        std::printf("tile %d, pixel %d of %d x %d x %d: %d %ld, not %d %ld\n", tile, i, patch.images, region.rows(), region.columns(),
                     pixel.inside(place), static_cast<long>(pixel.element(place, kChannels)), there,
                     static_cast<long>(element));
     }

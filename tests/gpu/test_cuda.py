@@ -19,6 +19,7 @@ from fused_preact import PreActBottleneck, reference
 DTYPES = list(TOLERANCES)
 OPERATORS = torch.ops.fused_preact
 TESTS = Path(__file__).resolve().parent.parent
+PATHS = [str(TESTS), str(TESTS.parent / "benchmarks")]
 CONV3 = (72, (3, 3), (1, 1), (1, 1, 1, 1))
 UNITS = {
     "bn_relu": {"shape": (2, 24, 5, 7)},
@@ -61,8 +62,10 @@ class OnGpu:
 
     def __getattr__(self, name):
         def call(*arguments, **options):
-            moved = [a.cuda() if torch.is_tensor(a) else a for a in arguments]
-            result = getattr(OPERATORS, name)(*moved, **options)
+            moved, named = torch.utils._pytree.tree_map_only(
+                torch.Tensor, torch.Tensor.cuda, (arguments, options)
+            )
+            result = getattr(OPERATORS, name)(*moved, **named)
             return result.cpu() if torch.is_tensor(result) else tuple(r.cpu() for r in result)
 
         return call
@@ -187,7 +190,7 @@ def test_compute_sanitizer(tool):
     if sanitizer is None:
         pytest.skip("no compute-sanitizer")
     script = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
+        f"import sys; sys.path[:0] = {PATHS}\n"
         "import torch\nfrom gpu.test_cuda import OnGpu\n"
         "from cuda_emulator.cases import SHAPES, run\n"
         "for i in (4, 7): run(OnGpu(), SHAPES[i], torch.bfloat16, 'relu', True)\n"
