@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # What this machine's GPU does with the CUDA kernels: builds, tests, measures, and writes all to DIR.
-#   benchmarks/gpu_check.sh DIR
+#   benchmarks/gpu_check.sh DIR [SECONDS]
 # Needs nvcc and torch with CUDA; pytest, hypothesis and expecttest for the tests, pytest-benchmark
-# for the benchmarks; no network. Ends in under 9 minutes on 16 cores. What it could not do is in
+# for the benchmarks; no network. Ends after SECONDS, 530 if not given. What it could not do is in
 # DIR/not_done.txt, and the exit code is 1 where a step failed.
 set -uo pipefail
-limit=530  # seconds, of all steps
-mkdir -p "${1:?usage: benchmarks/gpu_check.sh DIR}"
+limit=${2:-530}  # seconds, of all steps
+mkdir -p "${1:?usage: benchmarks/gpu_check.sh DIR [SECONDS]}"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 : > "$out/not_done.txt"
@@ -22,7 +22,8 @@ step() {
     not_done "$name: no time left"
     return 1
   fi
-  timeout "$((seconds < left ? seconds : left))" "$@" > "$out/$name.log" 2>&1
+  # interrupted, benchmarks write what they have
+  timeout -s INT -k 10 "$((seconds < left ? seconds : left))" "$@" > "$out/$name.log" 2>&1
   code=$?
   if [ $code = 0 ]; then
     echo "ok      $name ($((SECONDS - start)) s)"
@@ -38,7 +39,7 @@ step() {
 missing=$(python -c '
 import importlib.util, sys
 print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
-' torch triton pytest hypothesis expecttest pytest_benchmark)
+' torch triton pytest hypothesis expecttest pytest_benchmark xdist)
 has() {
   local name
   for name in "$@"; do [[ " $missing " == *" $name "* ]] && return 1; done
@@ -72,7 +73,9 @@ step 200 build pip install --no-build-isolation --no-deps . || {
 }
 step 30 doctor fused-preact doctor
 if has pytest hypothesis expecttest; then
-  step 200 tests python -m pytest -m gpu tests/gpu -q -rsf --durations=10
+  # most of their time is Triton's compilers'
+  has xdist && parallel="-n $(($(nproc) < 14 ? $(nproc) : 14))"
+  step 200 tests python -m pytest -m gpu tests/gpu -q -rsf --durations=10 ${parallel:-}
   grep -h ^SKIPPED "$out/tests.log" >> "$out/not_done.txt"
 else
   not_done "tests: pytest, hypothesis or expecttest is missing"
@@ -82,10 +85,11 @@ for network in R-1001 WRN-28-10; do
     --results "$out/predictions-$network.md"
 done
 if has pytest pytest_benchmark; then
-  # Operators first; what is left of the time goes to units. The whole set takes longer than this.
-  step 90 operators fused-preact bench -k operator --results "$out/operators.json"
-  step 90 units fused-preact bench -k unit --results "$out/units.json"
-  not_done "benchmarks of whole steps: fused-preact bench --full takes longer than this check"
+  # Whole steps first; what is left of the time goes to operators and units.
+  step 120 steps fused-preact bench -k "step- or attack-" --results "$out/steps.json"
+  step 90 operators fused-preact bench -k operator- --results "$out/operators.json"
+  step 90 units fused-preact bench -k unit- --results "$out/units.json"
+  not_done "all shapes and contenders: fused-preact bench --full takes longer than this check"
 else
   not_done "benchmarks: pytest-benchmark is missing"
 fi

@@ -236,7 +236,7 @@ def _run_units(
     input = ops.channels_last(input)
     takes_stats = [bn is not None and bn.training for bn in bns]
     config = _UnitsConfig(
-        ops.plan_units(operators, planned),
+        ops.plan_units(operators, planned, input),
         activation,
         [unit.shortcut or "none" for unit in units],
         [len(unit.convs) for unit in units],

@@ -52,10 +52,11 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-# Values of a weight from which on PyTorch's convolution between pointwise kernels is faster. CPU:
+# From where on PyTorch's convolution between pointwise kernels is faster. CPU: values of a weight,
 # measured on AVX-512 at batch 16, where a 3x3 of 128 channels (2^17) is as fast fused and one of
-# 256 (2^19) is not. CUDA: not measured; from there on arithmetic bounds a 3x3.
-_COMPOSED_FROM = {"cpu": 2**19, "cuda": 2**17}
+# 256 (2^19) is not. CUDA: those times the pixels of the units' input; measured on an H200, where
+# ResNet-164 (at most 2^30.2 at batch 128) is faster fused and PreActResNet-18 (2^32.2) is not.
+_COMPOSED_FROM = {"cpu": 2**19, "cuda": 2**31}
 # One pixel's window has to fit into the least shared memory of a GPU that the kernels run on.
 _MOST_CUDA_TAPS = 49
 _ENVIRONMENT = "FUSED_PREACT_BACKEND"
@@ -117,23 +118,29 @@ def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1, tap
     return reference
 
 
-def plan_conv(operators: Any, weight: Tensor, dilation: tuple[int, int], groups: int) -> Any:
-    """Who runs one convolution of a unit that plan() gave to operators."""
+def plan_conv(
+    operators: Any, weight: Tensor, dilation: tuple[int, int], groups: int, pixels: int
+) -> Any:
+    """Who runs one convolution of a unit that plan() gave to operators; pixels are its input's."""
     if operators is reference or _forced not in ("auto", "composed"):
         return operators
     general = tuple(dilation) != (1, 1) or groups != 1
     if weight.device.type == "cuda":
         general = general or weight.shape[2:].numel() > _MOST_CUDA_TAPS
-    wide = weight.numel() >= _COMPOSED_FROM[weight.device.type]
+    work = weight.numel() * (pixels if weight.device.type == "cuda" else 1)
+    wide = work >= _COMPOSED_FROM[weight.device.type]
     return Composed(operators) if general or wide or _forced == "composed" else operators
 
 
-def plan_units(operators: Any, convs: Sequence[Any]) -> Any:
+def plan_units(operators: Any, convs: Sequence[Any], input: Tensor) -> Any:
     """Who has preact_units_forward and _backward for units that plan() gave to operators.
 
     convs are their convolutions, functional.Conv, in the order of units.Chain.
     """
-    each = tuple(plan_conv(operators, conv.weight, conv.dilation, conv.groups) for conv in convs)
+    pixels = input.shape[0] * input.shape[2] * input.shape[3]
+    each = tuple(
+        plan_conv(operators, conv.weight, conv.dilation, conv.groups, pixels) for conv in convs
+    )
     if any(conv is not operators for conv in each):
         return Chain(operators, each)
     return operators if operators is torch.ops.fused_preact else Chain(operators)

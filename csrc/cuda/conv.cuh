@@ -254,8 +254,7 @@ struct Region {
   // if the first one is at x: all but a few in a few tiles, so that division is rare.
   PREACT_DEVICE static int first_inside(int64_t x, int gather, int pixels) {
     if (x >= 0) return 0;
-    return x + int64_t{pixels} * gather <= 0 ? pixels
-                                             : (gather - 1 - static_cast<int>(x)) / gather;
+    return x + int64_t{pixels} * gather <= 0 ? pixels : (gather - 1 - static_cast<int>(x)) / gather;
   }
   PREACT_DEVICE static int end_inside(int64_t x, int gather, int pixels, int64_t size) {
     const int64_t left = size - x;

@@ -35,12 +35,14 @@ template <int kPixels_, int kAcross_, int kWarpPixels_>
 struct ConvTile {
   static constexpr int kPixels = kPixels_, kAcross = kAcross_, kWarpPixels = kWarpPixels_;
   static constexpr int kChannels = kAcross * kWarpChannels;
-  static constexpr bool kSilu = kWarpPixels <= 32;  // or ReLU alone: SiLU's registers would spill
+  static constexpr bool kSilu = kWarpPixels == 32;  // or ReLU alone: SiLU's registers would spill
   static constexpr int kWarpsDown = kPixels / kWarpPixels;
   static constexpr int kThreads = 32 * kWarpsDown * kAcross;
   // Of a multiprocessor, for which registers are spared: a warp waits most of its time, and others
   // have to work meanwhile.
   static constexpr int kBlocks = kWarpPixels == 16 ? 2 : 1;
+  // Rows whose epilogue reads at once, where registers are left for it.
+  static constexpr int kReads = kWarpPixels == 16 || kPixels == 256 ? 1 : 2;
   // Of a warp: its stage, and where in the result tensor each of its pixels goes.
   static constexpr int64_t kWarpBytes =
       kStageBytes + kWarpPixels * static_cast<int64_t>(sizeof(int64_t));
@@ -58,8 +60,8 @@ struct ConvTile {
   static constexpr int kPixelsAt = kResultsAt + kPixels * static_cast<int>(sizeof(RegionPixel));
   static_assert(kPixelsAt % 128 == 0);
 };
-template <typename T>
-using SmallTile = ConvTile<128, 1, sizeof(T) == 2 ? 16 : 32>;
+using SmallTile = ConvTile<128, 1, 32>;
+using BusyTile = ConvTile<128, 1, 16>;
 using WideTile = ConvTile<128, 2, 32>;
 using LargeTile = ConvTile<256, 2, 64>;
 using WidestTile = ConvTile<128, 4, 64>;
@@ -161,7 +163,7 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
 // Calls run.operator()<Tile>(): in 16 bits the largest tile that leaves nothing over, with blocks
 // enough to fill the device and room in its shared memory, and that gives no multiprocessor more to
 // multiply than WideTile does.
-template <typename T, typename F>
+template <typename T, bool kDgrad, typename F>
 void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixels,
                  int64_t channels, F&& run) {
   if constexpr (sizeof(T) == 2) {
@@ -181,8 +183,10 @@ void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixe
     if (fills(WidestTile(), kWidestBytes)) return run.template operator()<WidestTile>();
     if (fills(LargeTile(), kWidestBytes)) return run.template operator()<LargeTile>();
     if (fills(WideTile(), kWideBytes)) return run.template operator()<WideTile>();
+    if constexpr (!kDgrad)  // whose registers would spill
+      if (activation == Activation::kRelu) return run.template operator()<BusyTile>();
   }
-  run.template operator()<SmallTile<T>>();
+  run.template operator()<SmallTile>();
 }
 
 // A step of a tile, counted in the kernel's taps and the source's channels: where its weights are
@@ -210,7 +214,8 @@ struct Slots {
 };
 
 // Runs the tiles of one block. An Epilogue::Thread stores one piece of channels of one pixel of the
-// result, [N, height, width, channels], at a time, and reduces what it stores.
+// result, [N, height, width, channels], at a time, and reduces what it stores; what it reads for it
+// is on its way for several at once.
 template <typename T, bool kDgrad, class Tile, class Source, class Epilogue, typename Reduced>
 PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axis& c,
                               const Source& source, const Weight& weight, const Channels& result,
@@ -277,10 +282,9 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
     constexpr int kRows = kDgrad ? kChunk : Tile::kChannels;
     constexpr int kColumns = kDgrad ? Tile::kChannels : kChunk;
     fetch_weights<T, kRows, kColumns, kWeightPitch<T, kDgrad, Tile>, kWeightTile<T, kDgrad, Tile>,
-                  Tile::kThreads>(weight, tiling.output_channels, tiling.weights,
-                                  kDgrad ? step.channel : first_channel,
-                                  kDgrad ? first_channel : step.channel, row, tap, taps,
-                                  c.weight_step, to);
+                  Tile::kThreads>(
+        weight, tiling.output_channels, tiling.weights, kDgrad ? step.channel : first_channel,
+        kDgrad ? first_channel : step.channel, row, tap, taps, c.weight_step, to);
   };
   // Starts the copies of the next step that has none, be it of another tile: one group for each
   // step, empty behind the last one.
@@ -379,7 +383,6 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
       if (now.begins_chunk()) slots.window = next_slot(slots.window, layout.windows_count);
     }
 
-    mine.begin_tile(my_channel);
     __syncwarp();  // the starts of the tile before have been read
     const Place& to = places[tile % kPlaces].result;
 #pragma unroll
@@ -400,14 +403,27 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
           store_shared(at, make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]));
         }
       __syncwarp();
+      if (m == 0) mine.begin_tile(my_channel);  // not before: its registers are those of the sums
       if (row < rows)
 #pragma unroll 1
-        for (int i = row; i < kStageRows; i += rows) {
-          const int64_t start = load_shared(pixel_starts + m * kStageRows + i);
-          if (start < 0) continue;
-          Piece v;
-          read_piece(stage + i * kStagePitch + stage_column(column * kPiece), v);
-          mine.store(start + my_channel, v);
+        for (int i = row; i < kStageRows; i += Tile::kReads * rows) {
+          int64_t starts[Tile::kReads];
+          typename Epilogue::Read reads[Tile::kReads];
+#pragma unroll
+          for (int j = 0; j < Tile::kReads; ++j) {
+            const int of_stage = i + j * rows;
+            starts[j] = of_stage < kStageRows
+                            ? load_shared(pixel_starts + m * kStageRows + of_stage)
+                            : int64_t{-1};
+            if (starts[j] >= 0) mine.read(starts[j] + my_channel, reads[j]);
+          }
+#pragma unroll
+          for (int j = 0; j < Tile::kReads; ++j) {
+            if (starts[j] < 0) continue;
+            Piece v;
+            read_piece(stage + (i + j * rows) * kStagePitch + stage_column(column * kPiece), v);
+            mine.store(starts[j] + my_channel, reads[j], v);
+          }
         }
     }
   }

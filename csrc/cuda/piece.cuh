@@ -63,40 +63,60 @@ PREACT_DEVICE void round_piece(Piece& v) {
   if constexpr (sizeof(T) == 2) widen_piece(narrow_piece<T>(v), v, T{});
 }
 
-// A piece in global memory; channels that are not there read as 0.
+// A piece as it lies in memory: half the registers of one in float32, while it is on its way.
 template <typename T>
-PREACT_DEVICE void load_piece(const T* p, int valid, bool vectors, Piece& v) {
-  if (vectors) {
+struct RawPiece {
+  Bytes16 part[sizeof(T) / 2];
+
+  PREACT_DEVICE void widen(Piece& v) const {
     if constexpr (sizeof(T) == 2) {
-      widen_piece(load16(p), v, T{});
+      widen_piece(part[0], v, T{});
     } else {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Bytes16 raw = load16(p + 4 * half);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) v[4 * half + j] = __uint_as_float(raw.word[j]);
-      }
+      for (int j = 0; j < kPiece; ++j) v[j] = __uint_as_float(part[j / 4].word[j % 4]);
     }
-    return;
   }
+};
+
+template <typename T>
+PREACT_DEVICE RawPiece<T> raw_piece(const Piece& v) {
+  RawPiece<T> raw;
+  if constexpr (sizeof(T) == 2) {
+    raw.part[0] = narrow_piece<T>(v);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) raw.part[j / 4].word[j % 4] = __float_as_uint(v[j]);
+  }
+  return raw;
+}
+
+// A piece in global memory; channels that are not there read as 0.
+template <typename T>
+PREACT_DEVICE RawPiece<T> load_raw_piece(const T* p, int valid, bool vectors) {
+  RawPiece<T> raw;
+  if (vectors) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
+      raw.part[i] = load16(p + i * 16 / static_cast<int>(sizeof(T)));
+    return raw;
+  }
+  Piece v;
 #pragma unroll
   for (int j = 0; j < kPiece; ++j) v[j] = j < valid ? widen(load(p + j)) : 0.f;
+  return raw_piece<T>(v);
+}
+template <typename T>
+PREACT_DEVICE void load_piece(const T* p, int valid, bool vectors, Piece& v) {
+  load_raw_piece(p, valid, vectors).widen(v);
 }
 
 template <typename T>
 PREACT_DEVICE void store_piece(T* p, int valid, bool vectors, const Piece& v) {
   if (vectors) {
-    if constexpr (sizeof(T) == 2) {
-      store16(p, narrow_piece<T>(v));
-    } else {
+    const RawPiece<T> raw = raw_piece<T>(v);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Bytes16 raw;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) raw.word[j] = __float_as_uint(v[4 * half + j]);
-        store16(p + 4 * half, raw);
-      }
-    }
+    for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
+      store16(p + i * 16 / static_cast<int>(sizeof(T)), raw.part[i]);
     return;
   }
 #pragma unroll
@@ -107,33 +127,19 @@ PREACT_DEVICE void store_piece(T* p, int valid, bool vectors, const Piece& v) {
 // A whole, aligned piece in shared memory.
 template <typename T>
 PREACT_DEVICE void read_piece(const T* shared, Piece& v) {
-  const Bytes16* const raw = reinterpret_cast<const Bytes16*>(shared);
-  if constexpr (sizeof(T) == 2) {
-    widen_piece(load_shared(raw), v, T{});
-  } else {
+  const Bytes16* const from = reinterpret_cast<const Bytes16*>(shared);
+  RawPiece<T> raw;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Bytes16 in = load_shared(raw + half);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[4 * half + j] = __uint_as_float(in.word[j]);
-    }
-  }
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) raw.part[i] = load_shared(from + i);
+  raw.widen(v);
 }
 
 template <typename T>
 PREACT_DEVICE void write_piece(T* shared, const Piece& v) {
-  Bytes16* const raw = reinterpret_cast<Bytes16*>(shared);
-  if constexpr (sizeof(T) == 2) {
-    store_shared(raw, narrow_piece<T>(v));
-  } else {
+  Bytes16* const to = reinterpret_cast<Bytes16*>(shared);
+  const RawPiece<T> raw = raw_piece<T>(v);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Bytes16 out;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) out.word[j] = __float_as_uint(v[4 * half + j]);
-      store_shared(raw + half, out);
-    }
-  }
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) store_shared(to + i, raw.part[i]);
 }
 
 }  // namespace preact::cuda

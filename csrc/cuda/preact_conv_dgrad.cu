@@ -24,6 +24,9 @@ struct DgradEpilogue {
   const T* residual;  // [M, C] or null
   T* g;               // [M, C]
 
+  struct Read {
+    RawPiece<T> added, u;
+  };
   struct Thread {
     const DgradEpilogue& e;
     int valid;
@@ -35,17 +38,22 @@ struct DgradEpilogue {
     PREACT_DEVICE void begin_tile(int64_t channel) {
       if (e.affine) bn = Affine(e.affine, e.channels, channel);
     }
-    PREACT_DEVICE void store(int64_t offset, Piece& v) {
+    PREACT_DEVICE void read(int64_t offset, Read& read) const {
+      const bool vectors = e.channels.vectors;
+      if (e.addend) read.added = load_raw_piece(e.addend + offset, valid, vectors);
+      if (e.affine) read.u = load_raw_piece(e.input + offset, valid, vectors);
+    }
+    PREACT_DEVICE void store(int64_t offset, const Read& read, Piece& v) {
       const bool vectors = e.channels.vectors;
       if (e.addend) {
         Piece added;
-        load_piece(e.addend + offset, valid, vectors, added);
+        read.added.widen(added);
 #pragma unroll
         for (int j = 0; j < kPiece; ++j) v[j] += added[j];
       }
       if (!e.affine) return store_piece(e.g + offset, valid, vectors, v);
       Piece u;
-      load_piece(e.input + offset, valid, vectors, u);
+      read.u.widen(u);
       with_activation<kSilu>(e.activation, [&]<Activation kActivation>() {
 #pragma unroll
         for (int j = 0; j < kPiece; ++j) v[j] *= slope<kActivation>(bn.z(j, u[j]));
@@ -108,7 +116,7 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
       most_of(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left);
   const int phases = static_cast<int>(s.stride_height * s.stride_width);
   dispatch_conv_dtype(op, [&]<typename T>() {
-    choose_tile<T>(runtime, op.activation, s.input.pixels(), c, [&]<class Tile>() {
+    choose_tile<T, true>(runtime, op.activation, s.input.pixels(), c, [&]<class Tile>() {
       const int64_t groups = ceil_div(c, Tile::kChannels);
       const Gradient<T> source(op.grad, op.shape.output);
       const auto kernel = preact_conv_dgrad_kernel<T, Tile>;

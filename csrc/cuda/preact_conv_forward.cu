@@ -14,6 +14,9 @@ struct ForwardEpilogue {
   const T* residual;  // [M', K] or null
   T* output;          // [M', K]
 
+  struct Read {
+    RawPiece<T> added;
+  };
   struct Thread {
     const ForwardEpilogue& e;
     int valid;
@@ -22,10 +25,13 @@ struct ForwardEpilogue {
     PREACT_DEVICE Thread(const ForwardEpilogue& e, int64_t channel)
         : e(e), valid(e.channels.valid(channel)) {}
     PREACT_DEVICE void begin_tile(int64_t) {}
-    PREACT_DEVICE void store(int64_t offset, Piece& v) {
+    PREACT_DEVICE void read(int64_t offset, Read& read) const {
+      if (e.residual) read.added = load_raw_piece(e.residual + offset, valid, e.channels.vectors);
+    }
+    PREACT_DEVICE void store(int64_t offset, const Read& read, Piece& v) {
       if (e.residual) {
         Piece added;
-        load_piece(e.residual + offset, valid, e.channels.vectors, added);
+        read.added.widen(added);
 #pragma unroll
         for (int j = 0; j < kPiece; ++j) v[j] += added[j];
       }
@@ -67,7 +73,7 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
   const Axis columns = forward_axis(s.input.width, s.output.width, 0,
                                     static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
   dispatch_conv_dtype(op, [&]<typename T>() {
-    choose_tile<T>(runtime, op.activation, s.output.pixels(), k, [&]<class Tile>() {
+    choose_tile<T, false>(runtime, op.activation, s.output.pixels(), k, [&]<class Tile>() {
       const int64_t groups = ceil_div(k, Tile::kChannels);
       const auto kernel = preact_conv_forward_kernel<T, Tile>;
       const auto [tiling, grid] = tile_conv<T, false, Tile>(runtime, kernel, images, rows, columns,

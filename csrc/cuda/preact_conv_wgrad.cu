@@ -180,7 +180,8 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_wgr
     for (int p0 = 0; p0 < Tile::kPixels; p0 += 16) {
       if (p0 >= tiling.patch.pixels()) break;
       multiply<T, true, true>(
-          sums, columns.taps, live, [&](int m, int i, int p) { return a + (p0 + p) * kGradPitch + 16 * m + i; },
+          sums, columns.taps, live,
+          [&](int m, int i, int p) { return a + (p0 + p) * kGradPitch + 16 * m + i; },
           [&](int t, int n, int p) { return b + load_shared(table + p0 + p) + t * kPitch + n; });
     }
   }
@@ -291,8 +292,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   });
   tiling = lay_out(tiling, window, stages);
 
-  const WgradGrid blocks =
-      wgrad_grid<Tile>(runtime, s, kBytes, tiling.patch.tiles);
+  const WgradGrid blocks = wgrad_grid<Tile>(runtime, s, kBytes, tiling.patch.tiles);
   tiling.splits = static_cast<int>(blocks.splits);
   const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
   float* const partial =

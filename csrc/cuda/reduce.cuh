@@ -13,6 +13,8 @@ PREACT_DEVICE int parts_of_slice(int first, int parts, int step) {
   return first < parts ? (parts - first + step - 1) / step : 0;
 }
 
+constexpr int kMergedPerThread = 4;  // parts whose values a thread loads at once
+
 // Count, mean and squared deviations of some values. The mean is shift + rest, shift being one of
 // the values, so that a mean far from 0 keeps its last digits. The squares are about the mean:
 // nothing cancels.
@@ -27,30 +29,31 @@ struct Moments {
     values[2] = rest;
     values[3] = squares;
   }
-  // Of parts first, first + step, ..., of which load(part, i) is value i. The first pass finds
-  // their mean, the second the squares about it: one division, and no load waits for another. Parts
-  // may be empty, but not part 0.
-  template <typename Load>
-  PREACT_DEVICE static Moments merged(int first, int parts, int step, const Load& load) {
-    Moments total;
-    total.shift = load(0, 1);
-    float sum = 0;  // about the shift
-    const int mine = parts_of_slice(first, parts, step);
-#pragma unroll 4
-    for (int i = 0; i < mine; ++i) {
-      const int part = first + i * step;
-      const float n = load(part, 0);
-      total.count += n;
-      sum = fmaf(n, load(part, 1) - total.shift + load(part, 2), sum);
+  // Takes the values of more of them, which may be empty; each is merged as Chan, Golub and LeVeque
+  // have it, all of `more` at once.
+  PREACT_DEVICE void add(const float (&more)[kMergedPerThread][kValues]) {
+    float n = 0, first = shift;
+#pragma unroll
+    for (int i = kMergedPerThread - 1; i >= 0; --i) {
+      n += more[i][0];
+      if (count == 0.f && more[i][0] > 0.f) first = more[i][1];
     }
-    if (total.count > 0.f) total.rest = sum / total.count;
-#pragma unroll 4
-    for (int i = 0; i < mine; ++i) {
-      const int part = first + i * step;
-      const float d = load(part, 1) - total.shift + load(part, 2) - total.rest;
-      total.squares += fmaf(load(part, 0) * d, d, load(part, 3));
+    if (n == 0.f) return;
+    shift = first;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kMergedPerThread; ++i)
+      sum = fmaf(more[i][0], more[i][1] - shift + more[i][2], sum);
+    const float mean = sum / n;  // about the shift
+#pragma unroll
+    for (int i = 0; i < kMergedPerThread; ++i) {
+      const float d = more[i][1] - shift + more[i][2] - mean;
+      squares += fmaf(more[i][0] * d, d, more[i][3]);
     }
-    return total;
+    const float apart = mean - rest, share = n / (count + n);
+    squares = fmaf(apart * apart, count * share, squares);
+    rest = fmaf(apart, share, rest);
+    count += n;
   }
 };
 
@@ -89,17 +92,12 @@ struct Sums {
     values[0] = s1;
     values[1] = s2;
   }
-  template <typename Load>
-  PREACT_DEVICE static Sums merged(int first, int parts, int step, const Load& load) {
-    Sums total;
-    const int mine = parts_of_slice(first, parts, step);
-#pragma unroll 4
-    for (int i = 0; i < mine; ++i) {
-      const int part = first + i * step;
-      total.s1 += load(part, 0);
-      total.s2 += load(part, 1);
+  PREACT_DEVICE void add(const float (&more)[kMergedPerThread][kValues]) {
+#pragma unroll
+    for (int i = 0; i < kMergedPerThread; ++i) {
+      s1 += more[i][0];
+      s2 += more[i][1];
     }
-    return total;
   }
 };
 
@@ -148,6 +146,23 @@ __host__ __device__ constexpr int64_t reduce_floats(int values, int rows, int wi
   return int64_t{values} * (int64_t{rows} * width + (threads > width ? threads : width));
 }
 
+// The parts first, first + step, ..., of which load(part, i) is value i; empty where there is none.
+template <class Total, typename Load>
+PREACT_DEVICE Total merged(int first, int parts, int step, const Load& load) {
+  Total total;
+#pragma unroll 1
+  for (; first < parts; first += kMergedPerThread * step) {
+    float values[kMergedPerThread][Total::kValues] = {};
+#pragma unroll
+    for (int i = 0; i < kMergedPerThread; ++i)
+      if (first + i * step < parts)
+#pragma unroll
+        for (int v = 0; v < Total::kValues; ++v) values[i][v] = load(first + i * step, v);
+    total.add(values);
+  }
+  return total;
+}
+
 // Merges parts of which load(part, i, c) is value i of the block's channel c: the threads share the
 // parts of each channel, then one adds up what they have, and finish(c, merged) is called for it.
 // shared: [kValues][max(threads / width, 1)][width].
@@ -160,7 +175,7 @@ PREACT_DEVICE void merge_parts(const Reduction& r, int parts, float* shared, con
     const int c = i % r.width;
     if (r.first + c >= r.channels) continue;
     float values[Total::kValues];
-    Total::merged(i / r.width, parts, slices, [&](int part, int v) {
+    merged<Total>(i / r.width, parts, slices, [&](int part, int v) {
       return load(part, v, c);
     }).get(values);
 #pragma unroll
@@ -168,7 +183,7 @@ PREACT_DEVICE void merge_parts(const Reduction& r, int parts, float* shared, con
   }
   __syncthreads();
   for (int c = thread; c < r.width && r.first + c < r.channels; c += threads)
-    finish(c, Total::merged(0, slices, 1, [&](int slice, int v) {
+    finish(c, merged<Total>(0, slices, 1, [&](int slice, int v) {
              return load_shared(shared + v * size + slice * r.width + c);
            }));
 }
@@ -215,15 +230,17 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
       r, rows, merged, [&](int row, int v, int c) { return load_shared(at(v, row, c)); },
       [&](int c, const Total& total) { store_part(r.part, c, total); });
 
+  // One thread's fences are the block's: the barriers order what the others have stored and load.
   const auto is_last = [&](int* ticket, int blocks) {
-    __threadfence();
     __syncthreads();
     int* const last = reinterpret_cast<int*>(shared);
-    if (threadIdx.x == 0) store_shared(last, int{arrives_last(ticket, blocks)});
+    if (threadIdx.x == 0) {
+      __threadfence();
+      store_shared(last, int{arrives_last(ticket, blocks)});
+      __threadfence();
+    }
     __syncthreads();
-    if (!load_shared(last)) return false;
-    __threadfence();
-    return true;
+    return load_shared(last) != 0;
   };
   int parts = r.parts, step = 1;
   if (parts > kMergedAtOnce) {

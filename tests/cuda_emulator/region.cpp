@@ -38,8 +38,9 @@ void compare(const Axis& r, const Axis& c, int64_t images, int most) {
       if (pixel.inside(place) == there && (!there || pixel.element(place, kChannels) == element))
         continue;
       if (++different < 10)
-        std::printf("tile %d, pixel %d of %d x %d x %d: %d %ld, not %d %ld\n", tile, i, patch.images, region.rows(), region.columns(),
-                    pixel.inside(place), static_cast<long>(pixel.element(place, kChannels)), there,
+        std::printf("tile %d, pixel %d of %d x %d x %d: %d %ld, not %d %ld\n", tile, i,
+                    patch.images, region.rows(), region.columns(), pixel.inside(place),
+                    static_cast<long>(pixel.element(place, kChannels)), there,
                     static_cast<long>(element));
     }
   }

@@ -139,4 +139,4 @@ def test_compiled(wide_from_nine_taps, compiled):
 
 def test_reference_is_never_composed():
     """Whose every device and dtype is the point."""
-    assert ops.plan_conv(reference, torch.empty(1024, 1024, 3, 3), (2, 2), 2) is reference
+    assert ops.plan_conv(reference, torch.empty(1024, 1024, 3, 3), (2, 2), 2, 1) is reference
