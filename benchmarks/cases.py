@@ -130,7 +130,7 @@ def _compiled(model: nn.Module, contender: Contender) -> Callable[[Tensor], Tens
 def all_cases(device: str) -> list[OperatorCase | Case]:
     """Every case with the batches of a device, "cpu" or "cuda"."""
     batches = BATCHES[device]
-    return [*operator_cases(batches), *_units(batches), *_networks(batches)]
+    return [*operator_cases(batches), *_units(batches), *_networks(batches, device == "cuda")]
 
 
 def _units(batches: dict[str, int]) -> list[Case]:
@@ -168,7 +168,8 @@ def _units(batches: dict[str, int]) -> list[Case]:
     ]
 
 
-def _networks(batches: dict[str, int]) -> list[Case]:
+def _networks(batches: dict[str, int], fast: bool) -> list[Case]:
+    """fast: on a device where deep and wide ones take seconds, so that a quick run has them."""
     train, attack = "forward+backward", "attack"
     small, large = (3, 32, 32), (3, 224, 224)
     r164, r18 = _model("preact_resnet164"), _model("preact_resnet18")
@@ -180,10 +181,10 @@ def _networks(batches: dict[str, int]) -> list[Case]:
 
     return [
         case("R-164", "step", r164, small, train, True, True),
-        case("R-1001", "step", r1001, small, train, False, True),
-        case("R-200", "step", r200, large, train, False, True),
+        case("R-1001", "step", r1001, small, train, fast, True),
+        case("R-200", "step", r200, large, train, fast, True),
         case("PreActResNet-18", "step", r18, small, train, True),
-        case("WRN-28-10", "step", wide, small, train, False),
+        case("WRN-28-10", "step", wide, small, train, fast),
         case("R-164", "attack", r164, small, attack, True, True),
         case("PreActResNet-18", "attack", r18, small, attack, False),
         case("WRN-28-10", "attack", wide, small, attack, False),
