@@ -10,8 +10,10 @@ is benchmarks/predicted. Every time in it is a prediction: no GPU gave it.
 A launch is predicted to take the largest of
     bytes      its tensors, each once, at the device's bandwidth
     tensor     the multiplications of the busiest multiprocessor, at the rate of mma.sync
-    issue      the instructions of the busiest multiprocessor's loops, four a clock; loops of a
-               kernel that do the same (copy windows, copy weights, ...) count as their mean
+    issue      the instructions of the busiest multiprocessor's loops: each of its four schedulers
+               issues one a clock, or where too few warps are resident, one of a warp every
+               WAIT_CLOCKS; loops that do the same (copy windows, copy weights, ...) count as
+               their mean
     banks      what its warps read and write in shared memory, 128 bytes a clock
     latency    the steps that a block takes one after the other, each waiting for memory, shared
                among those that wait at the same time, times the waves of blocks
@@ -98,11 +100,13 @@ SOURCES = """
 - Tensor cores by mma.sync: all of A100's peak; on Hopper 62.9% of the peak (arXiv:2402.13499); on
   B200 nobody has published it: as many a clock and multiprocessor as on Hopper, an assumption.
 - The floor takes 798 TFLOP/s on H100, measured with wgmma, and 0.81 of the peak on the others.
-- Assumptions: 2 us a launch in a graph; 0.5 us from asking memory to its answer; 2 clocks an
-  instruction where a warp is alone with a chain of sums.
+- 7.5 clocks from one instruction of a warp to its next: between 5.9 and 10.1 in ten launches of
+  these kernels on an H200, by its counters; before that was counted, convolutions took two to
+  nine times as long as predicted.
+- Assumptions: 2 us a launch in a graph; 0.5 us from asking memory to its answer.
 """
 PEAK_FLOPS = {"A100": 0.81 * 312e12, "H100": 798e12, "B200": 0.81 * 2250e12}
-LAUNCH, LATENCY, LONELY_CLOCKS = 2e-6, 0.5e-6, 2
+LAUNCH, LATENCY, WAIT_CLOCKS = 2e-6, 0.5e-6, 7.5
 REGISTERS, MOST_WARPS, MOST_BLOCKS, RESERVED_SHARED = 65536, 64, 32, 1024
 MULTIPLICATION_FLOPS = 2 * 16 * 8 * 16  # of mma.m16n8k16
 OVERLAPPING = ("bytes", "tensor", "issue", "banks", "latency")  # of which the largest counts
@@ -195,6 +199,7 @@ def predict(
     waves = blocks / (resident * device.multiprocessors)
     multiplications = launch.multiplications * of_one * MULTIPLICATION_FLOPS
     warps = launch.threads // 32
+    per_scheduler = min(resident, of_one) * warps / 4
     accesses = defaultdict(float, launch.accesses)
     # a convolution waits at each step, a pointwise kernel at each turn of its loop
     size = 16 if accesses[READ, 16] else 4
@@ -204,11 +209,15 @@ def predict(
     merge = 0.0
     if "preact_conv" in kernel.name or "bn_" in kernel.name:
         issued = accesses[READ, 4] / warps * kernel.merge_instructions
-        merge = issued * LONELY_CLOCKS / device.clock
+        merge = issued * WAIT_CLOCKS / device.clock
     terms = {
         "bytes": moved / device.bandwidth,
         "tensor": multiplications / (device.tensor_flops / device.multiprocessors),
-        "issue": instructions(kernel, launch) * of_one / 4 / device.clock,
+        "issue": instructions(kernel, launch)
+        * of_one
+        / 4
+        * max(1, WAIT_CLOCKS / per_scheduler)
+        / device.clock,
         "banks": bank_clocks(launch) * of_one / device.clock,
         "latency": math.ceil(waves) * turns * LATENCY,
         "merge": merge,

@@ -19,7 +19,7 @@ class CudaDevice : public Lender<CudaDevice> {
 
   explicit CudaDevice(const Tensor& tensor) : device_(tensor.device()), guard_(device_.index()) {
     check(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_.index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_.index(), &stream_));
   }
   CudaDevice(const CudaDevice&) = delete;
 
