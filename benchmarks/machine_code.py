@@ -132,11 +132,12 @@ class Kernel:
     def per_copy(self, *, weights: bool) -> float:
         """Likewise for each asynchronous copy of weights, or of windows, in 16 bits.
 
-        Where they lie at no multiple of 16 bytes, weights are stored number by number.
+        Where a window's pixels lie is looked up, by 64 bits.
         """
         loops = [x for x in self.loops if x.count("LDGSTS", 128)]
-        of_operand = [x for x in loops if (x.count("STS", 16) > 0) == weights]
-        return self._per_unit("LDGSTS", 128, of_operand)
+        if self.copies_weights:
+            loops = [x for x in loops if (x.count("LDS", 64) == 0) == weights]
+        return self._per_unit("LDGSTS", 128, loops)
 
     @property
     def copies_weights(self) -> bool:

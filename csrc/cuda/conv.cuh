@@ -473,7 +473,7 @@ struct Window {
     if (source.channels.valid(channel) <= 0 || source.plain()) return;
     source.with_function(channel, [&](const auto& function) {
       // Padding is computed too and not stored: without a jump two pieces are under way at once.
-      constexpr int kAtOnce = Source::kTwo ? 1 : 2;
+      [[maybe_unused]] constexpr int kAtOnce = Source::kTwo ? 1 : 2;
 #pragma unroll kAtOnce
       for (int w = first_pixel(); w < pixels; w += kRowStep, inside >>= 1) {
         const int at = w * kPitch + column();
@@ -519,20 +519,24 @@ PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
                   tap * weight.stride_s + (k0 + row) * weight.stride_k +
                   (c0 + column) * weight.stride_c;
   const int64_t next_rows = kRowStep * weight.stride_k, next_tap = tap_step * weight.stride_s;
+  if (channels.vectors) {
 #pragma unroll 1
-  for (int t = 0; t < taps; ++t, to += kTile, from += next_tap) {
-    const T* of_row = from;
-    if (channels.vectors) {
+    for (int t = 0; t < taps; ++t, to += kTile, from += next_tap) {
       const SharedAddress address = shared_address(to);
+      const T* of_row = from;
 #pragma unroll
       for (int i = 0; i < kRows; i += kRowStep, of_row += next_rows)
         copy_piece<T>(address + i * kPitch * static_cast<int>(sizeof(T)), of_row,
                       row + i < rows_left);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kRows; i += kRowStep, of_row += next_rows)
-        store_numbers(to + i * kPitch, of_row, weight.stride_c, row + i < rows_left ? valid : 0);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int t = 0; t < taps; ++t, to += kTile, from += next_tap) {
+    const T* of_row = from;
+#pragma unroll 1
+    for (int i = 0; i < kRows; i += kRowStep, of_row += next_rows)
+      store_numbers(to + i * kPitch, of_row, weight.stride_c, row + i < rows_left ? valid : 0);
   }
 }
 
