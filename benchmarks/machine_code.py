@@ -137,6 +137,8 @@ class Kernel:
         loops = [x for x in self.loops if x.count("LDGSTS", 128)]
         if self.copies_weights:
             loops = [x for x in loops if (x.count("LDS", 64) == 0) == weights]
+        elif weights:
+            loops = []
         return self._per_unit("LDGSTS", 128, loops)
 
     @property

@@ -17,13 +17,13 @@ def test_sources_are_listed_once():
 def test_no_kernel_spills(kernels):
     """ptxas -v: neither registers nor a stack frame in local memory.
 
-    dgrad's tiles of 256 channels need more shared memory than devices of sm_80 have. Forward's
-    small tiles share a multiprocessor two by two: a few numbers, outside of what is multiplied.
+    dgrad's largest tiles need more shared memory than devices of sm_80 have. Forward's small tiles
+    share a multiprocessor two by two: a few numbers.
     """
     for (architecture, file), instances in kernels.items():
         assert bool(instances) == (file != "cuda/device.cu"), file
         for kernel in instances:
-            if architecture == "80" and re.match(r"preact_conv_dgrad_.*<128, 4,", kernel.name):
+            if architecture == "80" and re.match(r"preact_conv_dgrad_.*<(128, 4|256, 2),", kernel.name):
                 continue
             most = 32 if re.match(r"preact_conv_forward_.*<128, 1, 16>", kernel.name) else 0
             assert max(kernel.stack_bytes, kernel.spill_bytes) <= most, (
