@@ -144,6 +144,19 @@ def test_nothing_synchronises(block):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_tensors_of_another_device_are_refused():
+    """By name, before a kernel could read through a pointer that means nothing on its device."""
+    u, weight = torch.randn(2, 8, 4, 4, device="cuda"), torch.randn(8, 8, 1, 1, device="cuda")
+    geometry = ((1, 1), (0,) * 4, (1, 1), 1, "relu", True)
+    error = (ValueError, RuntimeError)
+    expected = "expected a tensor on cuda:0, as the input is, got one on cpu"
+    with pytest.raises(error, match=f"weight: {expected}"):
+        OPERATORS.preact_conv_forward(u, None, weight.cpu(), None, *geometry)
+    with pytest.raises(error, match=f"next_bias: {expected}"):
+        bn = {"next_bias": torch.zeros(8), "next_eps": 1e-5}
+        OPERATORS.preact_conv_forward(u, None, weight, None, *geometry, **bn)
+
+
 def test_many_small_images():
     """More images than a grid's y or z axis could hold."""
     u = torch.randn(131_073, 8, 2, 2, device="cuda").to(torch.bfloat16)
