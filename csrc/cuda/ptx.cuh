@@ -32,6 +32,8 @@ struct alignas(16) Bytes16 {
 #include <stdexcept>
 #include <string>
 
+#include "remembered.h"
+
 namespace preact::cuda {
 
 // --- numbers -------------------------------------------------------------------------------------
@@ -236,13 +238,16 @@ void allow_shared_bytes(void (*kernel)(Parameters...), int64_t bytes) {
 template <typename... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes,
                         int device) {
-  int blocks = 0;
-  check(cudaSetDevice(device), "cudaSetDevice");
-  allow_shared_bytes(kernel, shared_bytes);
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
-                                                      static_cast<size_t>(shared_bytes)),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return blocks;
+  static Remembered<int64_t, 4> known;  // the runtime takes microseconds to say it again
+  return known.get({reinterpret_cast<int64_t>(kernel), threads, shared_bytes, device}, [&] {
+    int blocks = 0;
+    check(cudaSetDevice(device), "cudaSetDevice");
+    allow_shared_bytes(kernel, shared_bytes);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
+                                                        static_cast<size_t>(shared_bytes)),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return int64_t{blocks};
+  });
 }
 
 struct Grid {
