@@ -29,10 +29,10 @@ def test_pixels_are_where_plain_arithmetic_says(tmp_path):
 
 def test_region_that_rounds_down_is_found(tmp_path):
     text = (CSRC / "cuda" / "conv.cuh").read_text()
-    before = "(size - x + gather - 1) / gather"
+    before = "(static_cast<int>(left) + gather - 1) / gather"
     assert text.count(before) == 1
     (tmp_path / "conv.cuh").write_text(
-        text.replace(before, "(size - x) / gather").replace('"../', '"')
+        text.replace(before, "static_cast<int>(left) / gather").replace('"../', '"')
     )
     for header in (CSRC / "cuda").glob("*.cuh"):
         if header.name != "conv.cuh":
