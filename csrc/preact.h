@@ -50,25 +50,28 @@ struct OutputGrad {
 
 // C[m, n] (+)= A[m, k] B[k, n], all row-major, leading dimensions in elements.
 template <typename Operand, typename Sum = Operand>
-using Tile = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                      bool accumulate, const Operand* a, const Operand* b, Sum* c);
+struct Tile {
+  void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                   bool accumulate, const Operand* a, const Operand* b, Sum* c);
+  int64_t columns;  // of a B that is laid out for it, in blocks [n / columns][k][columns]
+  bool copies;      // so does it lay out any other B, each time
+};
 
 struct bf16 {
   uint16_t bits;
 };
 
-void portable_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                   bool accumulate, const float* a, const float* b, float* c);
-void portable_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                   bool accumulate, const double* a, const double* b, double* c);
+// Our own, of float or double.
+template <typename T>
+Tile<T> portable_tile();
 
 // What the kernels need of the program that they run in.
 struct Runtime {
   // body(i, context) for each i in [0, count), in any order, on any threads
   void (*parallel_for)(int64_t count, void (*body)(int64_t, void*), void* context);
   Tile<float> tile;
-  // bfloat16 operands, B in pairs of rows: [k / 2, n, 2], k even. Null where the processor has
-  // none.
+  // bfloat16 operands, B in pairs of rows: [k / 2, n, 2], k even. Its multiply is null where the
+  // processor has none.
   Tile<bf16, float> pairs_tile;
   // Of a long product, where it is free: a multiple of this many runs faster. At least 2.
   int64_t pairs_depth;

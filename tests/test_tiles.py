@@ -24,8 +24,8 @@ def default_tiles():
 
 
 def test_portable_is_always_there():
-    """The provider of our own needs nothing from torch, and others come before it."""
-    assert _C.tile_providers()[-1] == "portable"
+    """The provider of our own needs nothing from torch."""
+    assert "portable" in _C.tile_providers()
     assert set(_C.tile_providers()) <= {"brgemm", "portable"}
 
 

@@ -29,14 +29,14 @@ class Ahead {
     wanted_[count_++] = {begin, begin + count * sizeof(S)};
   }
 
-  // tile(m, n, k, ...)
+  // tile.multiply(m, n, k, ...)
   template <typename O, typename A>
   void multiply(const Tile<O, A>& tile, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
                 int64_t ldc, bool accumulate, const O* a, const O* b, A* c) {
     while (m > 0) {
       const int64_t rows = next_ < count_ ? std::min(m, rows_) : m;
       ask(rows * n * k / per_line_);
-      tile(rows, n, k, lda, ldb, ldc, accumulate, a, b, c);
+      tile.multiply(rows, n, k, lda, ldb, ldc, accumulate, a, b, c);
       m -= rows;
       a += rows * lda;
       c += rows * ldc;

@@ -16,6 +16,7 @@
 // Sanitizers start after the loader has chosen, so their builds have the default only.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
+#define PREACT_VERSIONS
 #define PREACT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define PREACT_CLONES
@@ -61,13 +62,13 @@ template <typename F>
 void dispatch(const Runtime& runtime, Dtype dtype, int64_t depth, F&& f) {
   dispatch(dtype, [&]<typename S>(S) {
     if constexpr (std::is_same_v<S, bf16>)
-      if (runtime.pairs_tile && depth % 2 == 0) return f(S{}, bf16{});
+      if (runtime.pairs_tile.multiply && depth % 2 == 0) return f(S{}, bf16{});
     f(S{}, Accumulator<S>{});
   });
 }
 
 inline Tile<float> tile_of(const Runtime& runtime, float) { return runtime.tile; }
-inline Tile<double> tile_of(const Runtime&, double) { return portable_tile; }
+inline Tile<double> tile_of(const Runtime&, double) { return portable_tile<double>(); }
 inline Tile<bf16, float> tile_of(const Runtime& runtime, bf16) { return runtime.pairs_tile; }
 
 // The tile takes rows 2i and 2i + 1 of its right operand interleaved.

@@ -7,7 +7,6 @@
 
 namespace preact {
 
-constexpr int64_t kColumnBlock = 64;       // columns of a packed weight block, and of a tile call
 constexpr int64_t kTileBytes = 64 * 1024;  // of accumulators that stay in cache for the epilogue
 constexpr int64_t kTilePixels = 64;        // of a tile, at least
 constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
@@ -175,18 +174,17 @@ Bands gradient_bands(const ConvShape& shape) {
           keeps_size(shape) ? size * bytes : 0};
 }
 
-// A weight matrix [k, n] for the tile, n in blocks of kColumnBlock columns: [n / block][k][block],
-// or [n / block][k / 2][block][2] where it takes pairs of rows.
+// A weight matrix [k, n] in blocks of columns as the tile likes them: [n / block][k][block], or
+// [n / block][k / 2][block][2] where it takes pairs of rows.
 template <typename O>
 struct Packed {
   O* data;
-  int64_t k, n;
+  int64_t k, n, block_columns;
 
-  int64_t columns(int64_t block) const { return std::min(kColumnBlock, n - block * kColumnBlock); }
-  int64_t blocks() const { return ceil_div(n, kColumnBlock); }
-  O* at(int64_t block, int64_t row) const {
-    return data + block * kColumnBlock * k + row * columns(block);
-  }
+  int64_t blocks() const { return ceil_div(n, block_columns); }
+  int64_t first(int64_t block) const { return block * block_columns; }
+  int64_t columns(int64_t block) const { return std::min(block_columns, n - first(block)); }
+  O* at(int64_t block, int64_t row) const { return data + first(block) * k + row * columns(block); }
 
   // Value j of row i is row_of(i)[j * stride]; rows in parallel.
   template <typename F>
@@ -205,7 +203,7 @@ struct Packed {
     parallel_for(runtime, parts.parts, [&](int64_t part) {
       const int64_t begin = parts.begin(part), count = parts.end(part) - begin;
       for (int64_t block = 0; block < blocks(); ++block)
-        transpose(reinterpret_cast<const Unit*>(transposed + block * kColumnBlock * pitch) + begin,
+        transpose(reinterpret_cast<const Unit*>(transposed + first(block) * pitch) + begin,
                   columns(block), count, pitch / kRows, columns(block),
                   reinterpret_cast<Unit*>(at(block, begin * kRows)));
     });
@@ -219,7 +217,7 @@ struct Packed {
     parallel_for(runtime, parts.parts, [&](int64_t part) {
       for (int64_t block = 0; block < blocks(); ++block)
         for (int64_t i = parts.begin(part) * kRows; i < parts.end(part) * kRows; i += kRows) {
-          const int64_t first = block * kColumnBlock;
+          const int64_t first = this->first(block);
           const auto* const row = row_of(i);
           O* const out = at(block, i);
           if constexpr (kPairs<O>) {

@@ -176,8 +176,8 @@ class InputGradient {
     for (int64_t i = 0; i < stride_h_; ++i)
       for (int64_t j = 0; j < stride_w_; ++j) {
         const int64_t taps_across = across_[j].taps;
-        const Packed<O>& weight =
-            weights_.emplace_back(Packed<O>{packed, down_[i].taps * taps_across * k_, c_});
+        const Packed<O>& weight = weights_.emplace_back(
+            Packed<O>{packed, down_[i].taps * taps_across * k_, c_, tile_.columns});
         packed += weight.k * c_;
         every_pixel_reached_ = every_pixel_reached_ && weight.k > 0;
         weight.fill(runtime, op_.weight.stride_c, [&](int64_t row) {
@@ -204,7 +204,7 @@ class InputGradient {
               tile_, joined_ ? (rows - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
               run_length, k_, weight.columns(block), stride_w_ * c_, adds_to_zeros_ || t > 0,
               dy + (y * source_width() + column) * k_, weight.at(block, t * run_length),
-              out + phase.first_x * c_ + block * kColumnBlock);
+              out + phase.first_x * c_ + weight.first(block));
         }
     }
   }

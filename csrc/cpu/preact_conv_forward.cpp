@@ -20,7 +20,9 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   const int64_t r = shape.kernel_height, run_length = shape.kernel_width * c;
   const A* const affine = static_cast<const A*>(op.affine);
 
-  const Packed<O> weight{buffer<O>(Buffer::kWeight, r * run_length * k), r * run_length, k};
+  const Tile<O, A> tile = tile_of(runtime, O{});
+  const Packed<O> weight{buffer<O>(Buffer::kWeight, r * run_length * k), r * run_length, k,
+                         tile.columns};
   if (std::is_same_v<S, O> && filters_are_rows(op.weight, shape))
     weight.fill_transposed(runtime, static_cast<const O*>(op.weight.data), op.weight.stride_k);
   else
@@ -36,7 +38,6 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   const int64_t pitch = joined ? window.width : q;  // of a tile's rows
   const int64_t tile_rows =
       rows_of_tile(pitch, k * static_cast<int64_t>(sizeof(A)), bands.rows_per_band);
-  const Tile<O, A> tile = tile_of(runtime, O{});
   const bool adds_to_zeros = kAddsToZeros<O> && r > 1;
 
   PartialMoments moments(op.stats ? bands.parts.parts : 0, k);
@@ -72,7 +73,7 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
               ahead.multiply<O, A>(
                   tile, m, weight.columns(block), run_length, window.step_width * c,
                   weight.columns(block), k, adds_to_zeros || tap > 0, h + source * c,
-                  weight.at(block, tap * run_length), out + i * q * k + block * kColumnBlock);
+                  weight.at(block, tap * run_length), out + i * q * k + weight.first(block));
             }
         const int64_t runs = pitch == q ? 1 : rows, pixels = rows / runs * q;
         A* const sum = op.stats ? tile_sum<A>(k) : nullptr;

@@ -75,12 +75,12 @@ class WeightGradient {
       transpose_planes(dy, rows, left);
     const O* const as_it_lies = transposes_h_ ? dy : h;
     if constexpr (kPairs<O>) {
-      const int64_t pixels = (rows - 1) * pitch_ + q_, even = pixels + pixels % 2;
-      pair_rows(as_it_lies, pixels, product_columns_, right);
-      std::fill_n(right + even * product_columns_, (depth(pixels) - even) * product_columns_, O{});
+      const int64_t even = pixels(rows) + pixels(rows) % 2, end = depth(pixels(rows));
+      pair_rows(as_it_lies, pixels(rows), product_columns_, right);
+      std::fill_n(right + even * product_columns_, (end - even) * product_columns_, O{});
       return right;
     } else {
-      return as_it_lies;
+      return in_blocks_ ? to_blocks(as_it_lies, pixels(rows), right) : as_it_lies;
     }
   }
 
@@ -105,21 +105,24 @@ class WeightGradient {
         const int64_t m = std::min(kProductRows, product_rows_ - row);
         A* const out = dweight + (tap * product_rows_ + row) * product_columns_;
         if (kAddsToZeros<O> && begins) std::fill_n(out, m * product_columns_, A(0));
-        for (int64_t column = 0; column < product_columns_; column += kProductColumns)
+        for (int64_t column = 0; column < product_columns_; column += block_columns_) {
+          const int64_t n = std::min(block_columns_, product_columns_ - column);
+          const int64_t ldb = in_blocks_ ? n : product_columns_;
           for (int64_t i = 0; i < count; ++i) {
             const int64_t rows = bands.end_row(first + i) - bands.first_row(first + i);
             const int64_t calls = joined_ ? 1 : rows;
             const O* const a = left + i * left_size_ + tap % s % step_ * plane_size_ + row * ld_ +
                                tap / s * plane_width_ + tap % s / step_;
-            const O* const b = rights[i] + column * (kPairs<O> ? 2 : 1);
+            const int64_t to_column = in_blocks_ ? pixels(rows) : kPairs<O> ? 2 : 1;
+            const O* const b = rights[i] + column * to_column;
             for (int64_t call = 0; call < calls; ++call)
-              ahead.multiply<O, A>(tile_, m, std::min(kProductColumns, product_columns_ - column),
-                                   depth(joined_ ? (rows - 1) * pitch_ + q_ : q_), ld_,
-                                   product_columns_, product_columns_,
+              ahead.multiply<O, A>(tile_, m, n, depth(pixels(joined_ ? rows : 1)), ld_, ldb,
+                                   product_columns_,
                                    kAddsToZeros<O> || !begins || i > 0 || call > 0,
                                    a + call * window_.step_height * plane_width_,
-                                   b + call * pitch_ * product_columns_, out + column);
+                                   b + call * pitch_ * ldb, out + column);
           }
+        }
       }
   }
 
@@ -168,6 +171,9 @@ class WeightGradient {
   const int64_t plane_size_ = product_rows_ * ld_, left_size_ = step_ * plane_size_;
   const int64_t right_size_ = depth(bands.rows_per_band * pitch_) * product_columns_;
   const Tile<O, A> tile_;
+  // The right operand is laid out for the tile, which would do so for every tap.
+  const bool in_blocks_ = tile_.copies && taps_ > 1 && product_columns_ > tile_.columns;
+  const int64_t block_columns_ = in_blocks_ ? tile_.columns : kProductColumns;
   A* const partial_;  // [parts][R, S, product_rows, product_columns]
 
   const S* image_at(int64_t band) const {
@@ -175,8 +181,22 @@ class WeightGradient {
     return static_cast<const S*>(op_.input) + bands.image(band) * input.height * input.width * c_;
   }
 
+  // Of so many rows of dy, without the zeros behind the last.
+  int64_t pixels(int64_t rows) const { return (rows - 1) * pitch_ + q_; }
+
   // Of a product over so many pixels.
   int64_t depth(int64_t pixels) const { return ceil_div(pixels, step_depth_) * step_depth_; }
+
+  // [pixels, product_columns] to blocks of columns, [pixels, block_columns].
+  const O* to_blocks(const O* in, int64_t pixels, O* out) const {
+    const O* const blocks = out;
+    for (int64_t column = 0; column < product_columns_; column += block_columns_) {
+      const int64_t n = std::min(block_columns_, product_columns_ - column);
+      for (int64_t i = 0; i < pixels; ++i, out += n)
+        std::copy_n(in + i * product_columns_ + column, n, out);
+    }
+    return blocks;
+  }
 
   // Rows of the window, [rows, width, product_rows], to [step][product_rows][rows, plane_width] and
   // zeros.

@@ -25,26 +25,31 @@ __attribute__((weak)) void brgemm_release(bool is_vnni);
 namespace preact {
 namespace {
 
-std::atomic<bool> portable_only{false};
+constexpr char kBrgemm[] = "brgemm", kPortable[] = "portable";
 
-void brgemm_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                 bool accumulate, const float* a, const float* b, float* c) {
+std::atomic<const char*> chosen{nullptr};  // by the user
+
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate,
+            const float* a, const float* b, float* c) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
 }
 
-void brgemm_pairs_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                       bool accumulate, const bf16* a, const bf16* b, float* c) {
+void brgemm_pairs(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                  bool accumulate, const bf16* a, const bf16* b, float* c) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate,
                               reinterpret_cast<const c10::BFloat16*>(a),
                               reinterpret_cast<const c10::BFloat16*>(b), c, true);
 }
 
+constexpr Tile<float> kBrgemmTile = {brgemm, 64, false};
+constexpr Tile<bf16, float> kBrgemmPairsTile = {brgemm_pairs, 64, false};
+
 // torch refuses, by an exception, on processors without it and where mkldnn is switched off.
 template <typename Operand>
-bool runs(Tile<Operand, float> tile, const Operand* ones) {
+bool runs(const Tile<Operand, float>& tile, const Operand* ones) {
   float product = 0;
   try {
-    tile(1, 1, 2, 2, 1, 1, false, ones, ones, &product);
+    tile.multiply(1, 1, 2, 2, 1, 1, false, ones, ones, &product);
   } catch (const std::exception&) {
     return false;
   }
@@ -55,7 +60,7 @@ bool brgemm_runs() {
   using Function = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
                             const float*, const float*, float*, bool);
   const float ones[] = {1, 1};
-  return static_cast<Function>(at::native::cpublas::brgemm) && runs(brgemm_tile, ones);
+  return static_cast<Function>(at::native::cpublas::brgemm) && runs(kBrgemmTile, ones);
 }
 
 // Only where the processor multiplies bfloat16 itself.
@@ -65,7 +70,7 @@ bool brgemm_runs_pairs() {
                             const c10::BFloat16*, const c10::BFloat16*, float*, bool);
   const bf16 ones[] = {{0x3f80}, {0x3f80}};
   return __builtin_cpu_supports("avx512bf16") && at::native::cpublas::brgemm_release &&
-         static_cast<Function>(at::native::cpublas::brgemm) && runs(brgemm_pairs_tile, ones);
+         static_cast<Function>(at::native::cpublas::brgemm) && runs(kBrgemmPairsTile, ones);
 #else
   return false;
 #endif
@@ -77,6 +82,17 @@ struct alignas(64) Range {
   std::atomic<int64_t> next;
   int64_t end;
 };
+
+// Than brgemm, in the 16 registers of AVX2: it does not reload B's columns from the second cache,
+// nor take long for a small product. Of more registers brgemm makes more.
+bool portable_is_faster() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         !__builtin_cpu_supports("avx512f");
+#else
+  return false;
+#endif
+}
 
 // AMX multiplies 32 values deep, and takes its time over the rest of a product.
 int64_t pairs_depth() {
@@ -108,15 +124,16 @@ void torch_parallel_for(int64_t count, void (*body)(int64_t, void*), void* conte
 }  // namespace
 
 std::vector<std::string> tile_providers() {
-  return brgemm_runs() ? std::vector<std::string>{"brgemm", "portable"}
-                       : std::vector<std::string>{"portable"};
+  if (!brgemm_runs()) return {kPortable};
+  if (portable_is_faster()) return {kPortable, kBrgemm};
+  return {kBrgemm, kPortable};
 }
 
 void use_tile_provider(const std::string& name) {
   std::string known;
   for (const std::string& provider : tile_providers()) {
     if (provider == name) {
-      portable_only = name == "portable";
+      chosen = name == kPortable ? kPortable : kBrgemm;
       return;
     }
     known += (known.empty() ? "" : ", ") + provider;
@@ -125,9 +142,11 @@ void use_tile_provider(const std::string& name) {
 }
 
 Runtime torch_runtime() {
-  const bool brgemm = !portable_only && brgemm_runs();
-  return {torch_parallel_for, brgemm ? brgemm_tile : static_cast<Tile<float>>(portable_tile),
-          brgemm && brgemm_runs_pairs() ? brgemm_pairs_tile : nullptr, pairs_depth()};
+  const char* const name = chosen;
+  const bool brgemm = name ? name == kBrgemm : !portable_is_faster();
+  const bool pairs = name != kPortable && brgemm_runs_pairs();
+  return {torch_parallel_for, brgemm && brgemm_runs() ? kBrgemmTile : portable_tile<float>(),
+          pairs ? kBrgemmPairsTile : Tile<bf16, float>{}, pairs_depth()};
 }
 
 }  // namespace preact

@@ -8,14 +8,14 @@
 
 namespace preact {
 
-// The tile providers that run here: "portable" always, "brgemm" where this torch and processor
-// have it.
+// The tile providers that run here, the faster first: "portable" always, "brgemm" where this torch
+// and processor have it.
 std::vector<std::string> tile_providers();
 
 // Takes one of tile_providers() for every later call in this process.
 void use_tile_provider(const std::string& name);
 
-// By default brgemm where it is there.
+// By default with the first of tile_providers().
 Runtime torch_runtime();
 
 }  // namespace preact

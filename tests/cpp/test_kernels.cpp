@@ -191,8 +191,8 @@ void pairs_tile(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64
     }
 }
 
-Runtime in_order{forwards, portable_tile, nullptr, 2};
-Runtime reversed{backwards, portable_tile, nullptr, 2};
+Runtime in_order{forwards, portable_tile<float>(), {}, 2};
+Runtime reversed{backwards, portable_tile<float>(), {}, 2};
 
 int64_t size_of(const ImageShape& shape) { return shape.pixels() * shape.channels; }
 
@@ -452,7 +452,7 @@ int main() {
   test_all<float>("float32");
   test_all<double>("float64");
   test_all<bf16>("bfloat16");
-  in_order.pairs_tile = reversed.pairs_tile = pairs_tile;
+  in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false};
   test_all<bf16>("bfloat16 in pairs");
   in_order.pairs_depth = reversed.pairs_depth = 32;
   test_all<bf16>("bfloat16 in pairs, 32 deep");

@@ -1,0 +1,123 @@
+// The loops of the portable matrix tile. tile.cpp includes them once for each instruction set,
+// inside a namespace with its kVectorBytes and kVectors, and with its attribute as PREACT_TARGET:
+// vectors are divided up for the processor before a function's clones are made, and would be its
+// least.
+//
+// A block of up to kRows rows by kN vectors of C stays in registers while k runs, over rows of B
+// that lie one after the other. Sums over k are taken kDepth at a time, which keeps their rounding
+// errors small.
+
+constexpr int64_t kRows = 6;
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+template <typename T>
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+
+// b: [k, kN vectors].
+template <int kM, int kN, typename T>
+PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t lda, int64_t ldc, bool accumulate,
+                                       const T* a, const T* b, T* c) {
+  using Vector = typename VectorOf<T>::type;
+  Vector sum[kM][kN] = {};
+  // A processor that two threads share has few instructions to spare for counting.
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < k; ++j) {
+    Vector row[kN];
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v)
+      row[v] = *reinterpret_cast<const Vector*>(b + (j * kN + v) * kLanes<T>);
+#pragma GCC unroll 6
+    for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kN; ++v) sum[i][v] += a[i * lda + j] * row[v];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) {
+      Vector* const out = reinterpret_cast<Vector*>(c + i * ldc + v * kLanes<T>);
+      *out = accumulate ? *out + sum[i][v] : sum[i][v];
+    }
+}
+
+// block<rows, kN>
+template <int kN, int kM = kRows, typename T>
+PREACT_TARGET PREACT_INLINE void block_of(int64_t rows, int64_t k, int64_t lda, int64_t ldc,
+                                          bool accumulate, const T* a, const T* b, T* c) {
+  if (rows == kM) return block<kM, kN>(k, lda, ldc, accumulate, a, b, c);
+  if constexpr (kM > 1) block_of<kN, kM - 1>(rows, k, lda, ldc, accumulate, a, b, c);
+}
+
+// All rows of kN vectors of columns, in blocks as even as may be: one of few rows waits for its
+// sums.
+template <int kN, typename T>
+PREACT_TARGET void columns(int64_t m, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                           bool accumulate, const T* a, const T* b, T* c) {
+  constexpr int64_t kWidth = kN * kLanes<T>;
+  alignas(64) T together[kDepth * kWidth];
+  if (ldb != kWidth) {
+    for (int64_t j = 0; j < k; ++j)
+      std::memcpy(together + j * kWidth, b + j * ldb, kWidth * sizeof(T));
+    b = together;
+  }
+  const int64_t blocks = ceil_div(m, kRows), fewest = m / blocks, longer = m % blocks;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t rows = fewest + (i < longer);
+    block_of<kN>(rows, k, lda, ldc, accumulate, a, b, c);
+    a += rows * lda;
+    c += rows * ldc;
+  }
+}
+
+// All rows of the n columns that do not fill a vector.
+template <typename T>
+PREACT_TARGET void edge(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                        bool accumulate, const T* a, const T* b, T* c) {
+  alignas(64) T together[kDepth * kLanes<T>] = {}, sum[kRows * kLanes<T>];
+  for (int64_t j = 0; j < k; ++j) std::copy_n(b + j * ldb, n, together + j * kLanes<T>);
+  for (int64_t row = 0; row < m; row += kRows) {
+    const int64_t rows = std::min(kRows, m - row);
+    block_of<1>(rows, k, lda, kLanes<T>, false, a + row * lda, together, sum);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* const out = c + (row + i) * ldc;
+      for (int64_t l = 0; l < n; ++l) {
+        const T product = sum[i * kLanes<T> + l];
+        out[l] = accumulate ? out[l] + product : product;
+      }
+    }
+  }
+}
+
+// Columns from `column` on: as many as there are by kN vectors, the rest by half of them.
+template <int kN, typename T>
+PREACT_TARGET void columns_from(int64_t column, int64_t m, int64_t n, int64_t k, int64_t lda,
+                                int64_t ldb, int64_t ldc, bool accumulate, const T* a, const T* b,
+                                T* c) {
+  for (; column + kN * kLanes<T> <= n; column += kN * kLanes<T>)
+    columns<kN>(m, k, lda, ldb, ldc, accumulate, a, b + column, c + column);
+  if (column == n) return;
+  if constexpr (kN > 1)
+    columns_from<kN / 2>(column, m, n, k, lda, ldb, ldc, accumulate, a, b, c);
+  else
+    edge(m, n - column, k, lda, ldb, ldc, accumulate, a, b + column, c + column);
+}
+
+template <typename T>
+PREACT_TARGET void multiply(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                            bool accumulate, const T* a, const T* b, T* c) {
+  for (int64_t j = 0; j < k; j += kDepth, accumulate = true)
+    columns_from<kVectors>(0, m, n, std::min(kDepth, k - j), lda, ldb, ldc, accumulate, a + j,
+                           b + j * ldb, c);
+}
+
+template <typename T>
+constexpr Tile<T> kTile = {multiply<T>, kVectors * kLanes<T>, true};
