@@ -138,7 +138,9 @@ def report(measurements, benchmark):
         if isinstance(own, torch.cuda.OutOfMemoryError):
             pytest.skip(f"{contender.name} does not fit into the GPU's memory beside the others")
         if isinstance(own, Exception):
-            raise own
+            if contender.ours or contender == contenders[0]:
+                raise own
+            pytest.skip(str(own))  # a peer that fails is no defect of ours
         info: dict[str, Any] = {
             "contender": contender.name,
             "peak_bytes": own.peak_bytes,

@@ -53,10 +53,12 @@ _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
 # From where on PyTorch's convolution between pointwise kernels is faster. CPU: values of a weight,
-# measured on AVX-512 at batch 16, where a 3x3 of 128 channels (2^17) is as fast fused and one of
-# 256 (2^19) is not. CUDA: those times the pixels of the units' input; measured on an H200, where
-# ResNet-164 (at most 2^30.2 at batch 128) is faster fused and PreActResNet-18 (2^32.2) is not.
-_COMPOSED_FROM = {"cpu": 2**19, "cuda": 2**31}
+# by the kernels' matrix tile. Measured at batch 16 with brgemm on AVX-512, where a 3x3 of 128
+# channels (2^17) is as fast fused and one of 256 (2^19) is not; with our own on AVX2, where one of
+# 320 (2^20) is faster fused and one of 512 (2^21) is not. CUDA: those times the pixels of the
+# units' input; measured on an H200, where ResNet-164 (at most 2^30.2 at batch 128) is faster fused
+# and PreActResNet-18 (2^32.2) is not.
+_COMPOSED_FROM = {"brgemm": 2**19, "portable": 2**21, "cuda": 2**31}
 # One pixel's window has to fit into the least shared memory of a GPU that the kernels run on.
 _MOST_CUDA_TAPS = 49
 _ENVIRONMENT = "FUSED_PREACT_BACKEND"
@@ -119,17 +121,26 @@ def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1, tap
 
 
 def plan_conv(
-    operators: Any, weight: Tensor, dilation: tuple[int, int], groups: int, pixels: int
+    operators: Any, weight: Tensor, dilation: tuple[int, int], groups: int, input: Tensor
 ) -> Any:
-    """Who runs one convolution of a unit that plan() gave to operators; pixels are its input's."""
+    """Who runs one convolution of a unit that plan() gave to operators; input is the unit's."""
     if operators is reference or _forced not in ("auto", "composed"):
         return operators
     general = tuple(dilation) != (1, 1) or groups != 1
     if weight.device.type == "cuda":
         general = general or weight.shape[2:].numel() > _MOST_CUDA_TAPS
-    work = weight.numel() * (pixels if weight.device.type == "cuda" else 1)
-    wide = work >= _COMPOSED_FROM[weight.device.type]
-    return Composed(operators) if general or wide or _forced == "composed" else operators
+    composed = general or _forced == "composed" or _is_much_work(weight, input)
+    return Composed(operators) if composed else operators
+
+
+def _is_much_work(weight: Tensor, input: Tensor) -> bool:
+    if weight.device.type == "cuda":
+        pixels = input.shape[0] * input.shape[2] * input.shape[3]
+        return weight.numel() * pixels >= _COMPOSED_FROM["cuda"]
+    # PyTorch takes several times as long where the processor has no instruction for it.
+    if input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        return False
+    return weight.numel() >= _COMPOSED_FROM[_cpu_tile()]
 
 
 def plan_units(operators: Any, convs: Sequence[Any], input: Tensor) -> Any:
@@ -137,9 +148,8 @@ def plan_units(operators: Any, convs: Sequence[Any], input: Tensor) -> Any:
 
     convs are their convolutions, functional.Conv, in the order of units.Chain.
     """
-    pixels = input.shape[0] * input.shape[2] * input.shape[3]
     each = tuple(
-        plan_conv(operators, conv.weight, conv.dilation, conv.groups, pixels) for conv in convs
+        plan_conv(operators, conv.weight, conv.dilation, conv.groups, input) for conv in convs
     )
     if any(conv is not operators for conv in each):
         return Chain(operators, each)
@@ -235,6 +245,18 @@ def _device(name: str) -> str:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@_constant
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return _C.multiplies_bfloat16()
+
+
+@_constant
+@functools.cache
+def _cpu_tile() -> str:
+    return _C.tile_providers()[0]
 
 
 @_constant

@@ -46,8 +46,12 @@ std::optional<std::string> cuda_unavailable() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The operators of torch.ops.fused_preact: importing this module registers them.";
   module.def("build_info", &build_info, "How this library was compiled, and against which torch.");
-  module.def("tile_providers", &preact::tile_providers,
-             "The matrix tiles that run here: 'portable', and 'brgemm' where torch lends its own.");
+  module.def(
+      "tile_providers", &preact::tile_providers,
+      "The matrix tiles that run here, the faster first: 'portable', and 'brgemm' where torch "
+      "lends its own.");
+  module.def("multiplies_bfloat16", &preact::multiplies_bfloat16,
+             "Whether the CPU kernels multiply bfloat16 as it is, else as float32.");
   module.def("use_tile_provider", &preact::use_tile_provider, pybind11::arg("name"),
              "Take one of tile_providers() for the rest of this process.");
   module.def("cuda_unavailable", &cuda_unavailable,

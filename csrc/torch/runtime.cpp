@@ -63,19 +63,6 @@ bool brgemm_runs() {
   return static_cast<Function>(at::native::cpublas::brgemm) && runs(kBrgemmTile, ones);
 }
 
-// Only where the processor multiplies bfloat16 itself.
-bool brgemm_runs_pairs() {
-#if defined(__x86_64__)
-  using Function = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
-                            const c10::BFloat16*, const c10::BFloat16*, float*, bool);
-  const bf16 ones[] = {{0x3f80}, {0x3f80}};
-  return __builtin_cpu_supports("avx512bf16") && at::native::cpublas::brgemm_release &&
-         static_cast<Function>(at::native::cpublas::brgemm) && runs(kBrgemmPairsTile, ones);
-#else
-  return false;
-#endif
-}
-
 // A range of its own for each thread; one that is through with it takes what another has left, so
 // that a processor busy elsewhere holds the rest up by one piece only.
 struct alignas(64) Range {
@@ -129,6 +116,18 @@ std::vector<std::string> tile_providers() {
   return {kBrgemm, kPortable};
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  using Function = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                            const c10::BFloat16*, const c10::BFloat16*, float*, bool);
+  const bf16 ones[] = {{0x3f80}, {0x3f80}};
+  return __builtin_cpu_supports("avx512bf16") && at::native::cpublas::brgemm_release &&
+         static_cast<Function>(at::native::cpublas::brgemm) && runs(kBrgemmPairsTile, ones);
+#else
+  return false;
+#endif
+}
+
 void use_tile_provider(const std::string& name) {
   std::string known;
   for (const std::string& provider : tile_providers()) {
@@ -144,7 +143,7 @@ void use_tile_provider(const std::string& name) {
 Runtime torch_runtime() {
   const char* const name = chosen;
   const bool brgemm = name ? name == kBrgemm : !portable_is_faster();
-  const bool pairs = name != kPortable && brgemm_runs_pairs();
+  const bool pairs = name != kPortable && multiplies_bfloat16();
   return {torch_parallel_for, brgemm && brgemm_runs() ? kBrgemmTile : portable_tile<float>(),
           pairs ? kBrgemmPairsTile : Tile<bf16, float>{}, pairs_depth()};
 }

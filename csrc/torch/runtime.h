@@ -12,6 +12,9 @@ namespace preact {
 // and processor have it.
 std::vector<std::string> tile_providers();
 
+// Whether the processor multiplies bfloat16, and torch lends a tile that does.
+bool multiplies_bfloat16();
+
 // Takes one of tile_providers() for every later call in this process.
 void use_tile_provider(const std::string& name);
 

@@ -145,20 +145,21 @@ def test_cuda_refuses_large_kernels(monkeypatch):
     monkeypatch.setattr(ops, "_forced", "auto")
     operators = ops.plan(input, taps=56)
     assert operators is torch.ops.fused_preact
-    assert ops.plan_conv(operators, small, (1, 1), 1, 1024) is operators
-    assert isinstance(ops.plan_conv(operators, large, (1, 1), 1, 1024), Composed)
+    assert ops.plan_conv(operators, small, (1, 1), 1, input) is operators
+    assert isinstance(ops.plan_conv(operators, large, (1, 1), 1, input), Composed)
 
 
 @pytest.mark.parametrize(
-    ("channels", "pixels", "composed"),
-    [(64, 128 * 16 * 16, False), (64, 128 * 32 * 32, True), (512, 128 * 8 * 8, True)],
+    ("channels", "side", "composed"),
+    [(64, 16, False), (64, 32, True), (512, 8, True)],
     ids=["R-164, last stage", "PreActResNet-18, first stage", "PreActResNet-18, last stage"],
 )
-def test_cuda_composes_what_is_much_work(channels, pixels, composed):
-    """Images of 32x32 at batch 128; pixels are of the input of a stage."""
+def test_cuda_composes_what_is_much_work(channels, side, composed):
+    """Images of 32x32 at batch 128; side is that of the input of a stage."""
     with FakeTensorMode():
         weight = torch.empty(channels, channels, 3, 3, device="cuda")
-    planned = ops.plan_conv(torch.ops.fused_preact, weight, (1, 1), 1, pixels)
+        input = torch.empty(128, channels, side, side, device="cuda")
+    planned = ops.plan_conv(torch.ops.fused_preact, weight, (1, 1), 1, input)
     assert isinstance(planned, Composed) == composed
 
 

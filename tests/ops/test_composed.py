@@ -103,7 +103,7 @@ def test_general_convolutions(options):
 @pytest.fixture
 def wide_from_nine_taps(monkeypatch):
     """The 3x3 convolutions of BOTTLENECK count as wide, its 1x1 do not."""
-    monkeypatch.setattr(ops, "_COMPOSED_FROM", {"cpu": 8 * 8 * 9})
+    monkeypatch.setattr(ops, "_COMPOSED_FROM", dict.fromkeys(ops._COMPOSED_FROM, 8 * 8 * 9))
 
 
 def test_plan_by_width(wide_from_nine_taps, called):
@@ -118,6 +118,16 @@ def test_plan_by_width(wide_from_nine_taps, called):
     output.backward(case.grad_output)
     assert called.count("preact_conv_backward") == 2
     assert called.count("preact_conv_dgrad") == called.count("preact_conv_wgrad") == 1
+
+
+def test_bfloat16_is_composed_where_it_is_multiplied(wide_from_nine_taps, monkeypatch):
+    """By instructions for it: without, PyTorch's convolution takes several times as long."""
+    weight = torch.empty(8, 8, 3, 3)
+    input = torch.empty(1, 8, 4, 4, dtype=torch.bfloat16)
+    for multiplies in (True, False):
+        monkeypatch.setattr(ops, "_multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        planned = ops.plan_conv(torch.ops.fused_preact, weight, (1, 1), 1, input)
+        assert isinstance(planned, Composed) == multiplies
 
 
 def test_forced_kernels_stay(wide_from_nine_taps, called):
@@ -139,4 +149,5 @@ def test_compiled(wide_from_nine_taps, compiled):
 
 def test_reference_is_never_composed():
     """Whose every device and dtype is the point."""
-    assert ops.plan_conv(reference, torch.empty(1024, 1024, 3, 3), (2, 2), 2, 1) is reference
+    weight = torch.empty(1024, 1024, 3, 3)
+    assert ops.plan_conv(reference, weight, (2, 2), 2, torch.empty(1, 1024, 1, 1)) is reference
