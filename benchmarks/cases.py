@@ -48,7 +48,7 @@ class Case:
 
     passes  "forward" (evaluation), "forward+backward" (training), "attack" (the gradient of the
             input alone: frozen weights, evaluation mode).
-    quick   whether a run without --full has it.
+    quick   whether a run without options has it.
     deep    a network that takes too long to compile as a whole.
     """
 

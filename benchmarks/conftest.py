@@ -21,6 +21,7 @@ ROUNDS_SECONDS = {"operator": 1.0, "unit": 4.0, "step": 8.0, "attack": 8.0, "dep
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused_preact")
+    group.addoption("--networks", action="store_true", help="all networks too, beside eager")
     group.addoption("--full", action="store_true", help="all shapes, dtypes and contenders")
     group.addoption(
         "--results",

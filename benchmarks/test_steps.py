@@ -1,6 +1,6 @@
 """Operators, units, whole training steps and attack steps, each contender beside the others.
 
-    pytest benchmarks/ --benchmark-only [--full] [--results FILE.json]
+    pytest benchmarks/ --benchmark-only [--networks] [--full] [--results FILE.json]
 
 A group is a case; its rows are PyTorch's own layers in channels_last ("eager"), in NCHW and under
 torch.compile (deep networks unit by unit, "compile units"), and our backends; on a GPU also as
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("--full")
+    full, networks = map(metafunc.config.getoption, ("--full", "--networks"))
     parameters = []
     for case in all_cases(DEVICE):
         everybody = contenders(case, DEVICE, our_backends(DEVICE), full)
@@ -29,8 +29,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             beside = everybody
             if slow and not full:
                 beside = tuple(one for one in everybody if one.ours or one == EAGER)
-            quick = case.quick and not (slow and case.group in ("step", "attack"))
-            for contender in beside if full or quick else ():
+            network = case.group in ("step", "attack")
+            quick = case.quick and not (slow and network)
+            for contender in beside if full or quick or (networks and network) else ():
                 name = f"{case.group}-{case.name}-{case.passes}-{dtype}-{contender.name}"
                 parameters.append(pytest.param(case, dtype, contender, beside, id=name))
     metafunc.parametrize(("case", "dtype", "contender", "everybody"), parameters)

@@ -194,6 +194,7 @@ def test_bench_outside_a_checkout_says_so(tmp_path, monkeypatch, capsys):
     [
         ([], ["--results", str(ROOT / "benchmarks" / "results")]),
         (["--full"], ["--full", "--results", str(ROOT / "benchmarks" / "results")]),
+        (["--networks", "-k", "R-164"], ["--networks", "-k", "R-164"]),
         (["-k", "R-164"], ["-k", "R-164"]),  # a selection does not replace the whole
         (["-k", "R-164", "--results", "/r.json"], ["-k", "R-164", "--results", "/r.json"]),
     ],

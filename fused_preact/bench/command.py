@@ -1,6 +1,6 @@
 """fused-preact bench: runs the benchmarks of the checkout around the current directory.
 
-    fused-preact bench [--full] [--results FILE.json] [-k EXPR]
+    fused-preact bench [--networks] [--full] [--results FILE.json] [-k EXPR]
     fused-preact bench report FILES... [--out FOLDER] [--into README.md]
 
 The benchmarks lie in the repository, not in the package; what they write is read here.
@@ -17,6 +17,9 @@ from .results import BenchError, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--networks", action="store_true", help="all networks too, beside PyTorch's own layers"
+    )
     parser.add_argument("--full", action="store_true", help="all shapes, dtypes and contenders")
     parser.add_argument(
         "--results",
@@ -61,6 +64,7 @@ def _measure(args: argparse.Namespace) -> int:
         raise BenchError(f"{', '.join(missing)} not found: pip install 'fused_preact[bench]'")
     # -P: the package that is installed, not the folder beside the benchmarks
     command = [sys.executable, "-P", "-m", "pytest", "benchmarks", "--benchmark-only"]
+    command += ["--networks"] if args.networks else []
     command += ["--full"] if args.full else []
     command += ["-k", args.k] if args.k else []
     results = args.results
