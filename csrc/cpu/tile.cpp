@@ -4,8 +4,7 @@
 namespace preact {
 namespace {
 
-// kVectors of kDepth rows of B share the first cache with the rows of A that they are multiplied
-// with.
+// kVectors of kDepth rows of B share the first cache with what they are multiplied with.
 namespace any {
 constexpr int64_t kVectorBytes = 16, kDepth = 128;
 constexpr int kVectors = 2;

@@ -1,7 +1,7 @@
-// The loops of the portable matrix tile. tile.cpp includes them once for each instruction set,
-// inside a namespace with its kVectorBytes and kVectors, and with its attribute as PREACT_TARGET:
-// vectors are divided up for the processor before a function's clones are made, and would be its
-// least.
+// The loops of the portable matrix tile. Whoever includes them, once for each instruction set, does
+// so in a namespace with kVectorBytes, kVectors and kDepth, and with the attribute of its functions
+// as PREACT_TARGET: a compiler divides vectors up for the processor before it makes a function's
+// clones, and so would for the least of them.
 //
 // A block of up to kRows rows by kN vectors of C stays in registers while k runs, over rows of B
 // that lie one after the other. Sums over k are taken kDepth at a time, which keeps their rounding
@@ -57,8 +57,7 @@ PREACT_TARGET PREACT_INLINE void block_of(int64_t rows, int64_t k, int64_t lda, 
   if constexpr (kM > 1) block_of<kN, kM - 1>(rows, k, lda, ldc, accumulate, a, b, c);
 }
 
-// All rows of kN vectors of columns, in blocks as even as may be: one of few rows waits for its
-// sums.
+// All rows of kN vectors of columns, in blocks as even as may be: a short one waits for its sums.
 template <int kN, typename T>
 PREACT_TARGET void columns(int64_t m, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
                            bool accumulate, const T* a, const T* b, T* c) {
