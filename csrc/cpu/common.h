@@ -12,7 +12,8 @@
 
 #include "../preact.h"
 
-// One source, several instruction sets: the loader picks the clone that the processor runs.
+// One source, several instruction sets: the loader picks the clone that the processor runs. What
+// picks for itself (the matrix tile) does so where there are PREACT_VERSIONS.
 // Sanitizers start after the loader has chosen, so their builds have the default only.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)

@@ -7,6 +7,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "../cpu/common.h"
+
 // oneDNN's matrix tile, as torch exports it. Weak symbols: absent in some torch, they are null.
 namespace c10 {
 struct BFloat16;
@@ -70,12 +72,11 @@ struct alignas(64) Range {
   int64_t end;
 };
 
-// Than brgemm, in the 16 registers of AVX2: it does not reload B's columns from the second cache,
-// nor take long for a small product. Of more registers brgemm makes more.
+// Than brgemm: where it is compiled for AVX2, and the processor has no more. With AVX-512 its loops
+// are not measured yet.
 bool portable_is_faster() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         !__builtin_cpu_supports("avx512f");
+#ifdef PREACT_VERSIONS
+  return __builtin_cpu_supports("x86-64-v3") && !__builtin_cpu_supports("x86-64-v4");
 #else
   return false;
 #endif
