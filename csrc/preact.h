@@ -64,6 +64,8 @@ struct bf16 {
 // Our own, of float or double.
 template <typename T>
 Tile<T> portable_tile();
+// C[m, n] (+)= A[k, m]^T B[k, n]
+Tile<float> transposed_tile();
 
 // What the kernels need of the program that they run in.
 struct Runtime {

@@ -19,6 +19,7 @@ by PyTorch; and "eager", PyTorch's layers under PyTorch's autograd (double backw
 
 import functools
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -52,13 +53,13 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-# From where on PyTorch's convolution between pointwise kernels is faster. CPU: values of a weight,
-# by the kernels' matrix tile. Measured at batch 16 with brgemm on AVX-512, where a 3x3 of 128
-# channels (2^17) is as fast fused and one of 256 (2^19) is not; with our own on AVX2, where one of
-# 320 (2^20) is faster fused and one of 512 (2^21) is not. CUDA: those times the pixels of the
-# units' input; measured on an H200, where ResNet-164 (at most 2^30.2 at batch 128) is faster fused
-# and PreActResNet-18 (2^32.2) is not.
-_COMPOSED_FROM = {"brgemm": 2**19, "portable": 2**21, "cuda": 2**31}
+# From where on PyTorch's convolution between pointwise kernels is faster. CPU, with oneDNN's matrix
+# tile: values of a weight, measured at batch 16 on AVX-512 when all 3x3 were computed directly; one
+# of 128 channels (2^17) was as fast fused and one of 256 (2^19) was not. With our own tile none is
+# slower fused, up to a 3x3 of 640 channels on AVX2. CUDA: those times the pixels of the units'
+# input; measured on an H200, where ResNet-164 (at most 2^30.2 at batch 128) is faster fused and
+# PreActResNet-18 (2^32.2) is not.
+_COMPOSED_FROM = {"brgemm": 2**19, "cuda": 2**31}
 # One pixel's window has to fit into the least shared memory of a GPU that the kernels run on.
 _MOST_CUDA_TAPS = 49
 _ENVIRONMENT = "FUSED_PREACT_BACKEND"
@@ -140,7 +141,7 @@ def _is_much_work(weight: Tensor, input: Tensor) -> bool:
     # PyTorch takes several times as long where the processor has no instruction for it.
     if input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
         return False
-    return weight.numel() >= _COMPOSED_FROM[_cpu_tile()]
+    return weight.numel() >= _COMPOSED_FROM.get(_cpu_tile(), math.inf)
 
 
 def plan_units(operators: Any, convs: Sequence[Any], input: Tensor) -> Any:

@@ -41,7 +41,7 @@ def test_provider_is_used(default_tiles):
 
     If none did, the choice would not have reached the kernels.
     """
-    case = make_case(torch.float32, (1, 200, 5, 7), [(65, (3, 3), (1, 1), (1, 1, 1, 1))])
+    case = make_case(torch.float32, (1, 200, 5, 7), [(65, (3, 3), (2, 2), (1, 1, 1, 1))])
     outputs = []
     with fused_preact.backend("cpu"):
         for provider in _C.tile_providers():

@@ -29,13 +29,23 @@ class Ahead {
     wanted_[count_++] = {begin, begin + count * sizeof(S)};
   }
 
+  // Asks for what comes in the time that so many multiplications take.
+  void before(int64_t multiplications) {
+    for (int64_t lines = multiplications / per_line_; next_ < count_ && lines > 0; --lines) {
+      Range& range = wanted_[next_];
+      __builtin_prefetch(range.begin, 0, 2);  // to L2: L1 is the product's
+      range.begin += kLineBytes;
+      if (range.begin >= range.end) ++next_;
+    }
+  }
+
   // tile.multiply(m, n, k, ...)
   template <typename O, typename A>
   void multiply(const Tile<O, A>& tile, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
                 int64_t ldc, bool accumulate, const O* a, const O* b, A* c) {
     while (m > 0) {
       const int64_t rows = next_ < count_ ? std::min(m, rows_) : m;
-      ask(rows * n * k / per_line_);
+      before(rows * n * k);
       tile.multiply(rows, n, k, lda, ldb, ldc, accumulate, a, b, c);
       m -= rows;
       a += rows * lda;
@@ -48,15 +58,6 @@ class Ahead {
     const char *begin, *end;
   };
   static constexpr int kMost = 4;
-
-  void ask(int64_t lines) {
-    for (; next_ < count_ && lines > 0; --lines) {
-      Range& range = wanted_[next_];
-      __builtin_prefetch(range.begin, 0, 2);  // to L2: L1 is the product's
-      range.begin += kLineBytes;
-      if (range.begin >= range.end) ++next_;
-    }
-  }
 
   const int64_t rows_, per_line_;
   Range wanted_[kMost];

@@ -99,6 +99,8 @@ enum class Buffer {
   kGrad,
   kTransposed,
   kRight,
+  kTransformed,
+  kProducts,
   kTile,
   kCount
 };
@@ -140,5 +142,6 @@ constexpr int64_t kLineBytes = 64;           // of a cache
 // Rounded down and up, also below zero; b is positive.
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace preact

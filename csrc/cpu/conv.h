@@ -12,7 +12,8 @@ constexpr int64_t kTilePixels = 64;        // of a tile, at least
 constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
 constexpr int64_t kFewestPixels = 32;      // of a band
 constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
-constexpr int64_t kFewestParts = 8;        // of dW, and
+constexpr int64_t kFewestParts = 8;        // of dW,
+constexpr int64_t kFewestLargeParts = 2;   // where it is split by rows of products too, and
 constexpr int64_t kMostDweights = 32;      // at most
 
 // Rows of a tile of results, of a band's: few enough to stay in cache, with pixels enough to read
@@ -56,15 +57,42 @@ inline bool keeps_size(const ConvShape& shape) {
          shape.input.height == shape.output.height && shape.input.width == shape.output.width;
 }
 
+// Whether winograd.h computes the results, or the gradient of all taps, of so many pixels: where
+// its tiles, of 16 multiplications for up to four pixels, save enough of nine a pixel.
+template <typename O>
+bool winograd_pays(const ConvShape& shape, const ImageShape& results) {
+  constexpr int64_t kFewestChannels = 16;
+  const int64_t tiles = ceil_div(results.height, 2) * ceil_div(results.width, 2);
+  return std::is_same_v<O, float> && shape.kernel_height == 3 && shape.kernel_width == 3 &&
+         shape.stride_height == 1 && shape.stride_width == 1 &&
+         std::min(shape.input.channels, shape.output.channels) >= kFewestChannels &&
+         3 * 16 * tiles <= 2 * 9 * results.height * results.width;
+}
+
+// Whether its 16 matrices of weights are more than caches hold, so that dW has few partial sums,
+// and is not computed with the other gradient.
+inline bool winograd_is_large(int64_t channels, int64_t filters) {
+  return channels * filters > 256 * 256;
+}
+
+// Whether the gradients of input and weights go over the same bands.
+template <typename O>
+bool share_bands(const ConvShape& shape) {
+  return keeps_size(shape) && !(winograd_pays<O>(shape, shape.output) &&
+                                winograd_is_large(shape.input.channels, shape.output.channels));
+}
+
 // Rows of each image in bands of at most `most` rows; the split depends on the shape alone. Each
 // band reads `weight_bytes`: where they do not fit the cache, bands are as large as they may be.
+// All but the last of an image have a multiple of `step` rows.
 struct Bands {
   int64_t rows, rows_per_band, per_image;
   Parts parts;
 
-  Bands(const ImageShape& image, int64_t most, int64_t most_parts, int64_t weight_bytes)
+  Bands(const ImageShape& image, int64_t most, int64_t most_parts, int64_t weight_bytes,
+        int64_t step)
       : rows(image.height),
-        rows_per_band(ceil_div(rows, bands_wanted(image, most, weight_bytes))),
+        rows_per_band(round_up(ceil_div(rows, bands_wanted(image, most, weight_bytes)), step)),
         per_image(ceil_div(rows, rows_per_band)),
         parts(image.images * per_image, most_parts) {}
 
@@ -157,21 +185,24 @@ int64_t grad_pitch(const ConvShape& shape, const Window& window) {
                                  : round_depth<O>(shape.output.width);
 }
 
-// The bands of output rows that wgrad works on, and dgrad too where they are those of the input:
-// each gradient then has the same bits alone as with the other.
+// The bands of output rows that wgrad works on, and dgrad too where they share them: each gradient
+// then has the same bits alone as with the other.
 template <typename O>
 Bands gradient_bands(const ConvShape& shape) {
   const Window window(shape);
   const int64_t c = shape.input.channels, k = shape.output.channels;
-  const int64_t size = shape.kernel_height * shape.kernel_width * k * c;
+  const bool winograd = winograd_pays<O>(shape, shape.output);
+  const int64_t taps = winograd ? 16 : shape.kernel_height * shape.kernel_width;
+  const int64_t size = taps * k * c;
+  const int64_t fewest = winograd && winograd_is_large(c, k) ? kFewestLargeParts : kFewestParts;
   const int64_t row =
       std::max(window.width * c * window.step_height, grad_pitch<O>(shape, window) * k);
   // so many parts that all their dW are no more than the operands
   const int64_t values = shape.input.pixels() * c + shape.output.pixels() * k;
-  const int64_t most_parts = std::clamp(values / size, kFewestParts, kMostDweights);
+  const int64_t most_parts = std::clamp(values / size, fewest, kMostDweights);
   const int64_t bytes = static_cast<int64_t>(sizeof(O));
   return {shape.output, kCacheBytes / (row * bytes), most_parts,
-          keeps_size(shape) ? size * bytes : 0};
+          share_bands<O>(shape) ? size * bytes : 0, winograd ? 2 : 1};
 }
 
 // A weight matrix [k, n] in blocks of columns as the tile likes them: [n / block][k][block], or

@@ -5,8 +5,11 @@
 // taps, so that for each phase dgrad is a small convolution of stride 1 over dy.
 #pragma once
 
+#include <optional>
+
 #include "conv.h"
 #include "statistics.h"
+#include "winograd.h"
 
 namespace preact {
 
@@ -36,14 +39,28 @@ class InputGradient {
       : bands(bands_of(op.shape)),
         op_(op),
         tile_(tile_of(runtime, O{})),
-        joined_(op.shape.stride_height == 1 && op.shape.stride_width == 1 &&
+        joined_(step_ == 1 && op.shape.stride_height == 1 && op.shape.stride_width == 1 &&
                 rows_join(source_width(), width_,
                           op.shape.kernel_width * op.shape.output.channels * c_)),
-        pitch_(joined_ ? source_width() : width_),
-        tile_rows_(rows_of_tile(pitch_, c_ * static_cast<int64_t>(sizeof(A)), bands.rows_per_band)),
+        pitch_(joined_ ? source_width() : round_up(width_, step_)),
         partial_(op.sums ? bands.parts.parts : 0, c_) {
+    if constexpr (std::is_same_v<O, float>)
+      if (step_ == 2) {
+        winograd_.emplace(runtime, k_, c_);
+        winograd_->fill(runtime, op.weight.stride_c, [&](int64_t tap, int64_t k) {
+          return weight_at<S>(op.weight, k, 0, 2 - tap / 3, 2 - tap % 3);
+        });
+        const int64_t lines = winograd_->lines_at_once(pitch_), band = bands.rows_per_band / 2;
+        tile_rows_ = 2 * std::min(lines, band);
+        if (bands.per_image == 1) together_ = std::max<int64_t>(lines / band, 1);
+        return;
+      }
+    tile_rows_ = rows_of_tile(pitch_, c_ * static_cast<int64_t>(sizeof(A)), bands.rows_per_band);
     pack_weights(runtime);
   }
+
+  // Bands whose g is computed together, each of them a whole image if they are several.
+  int64_t together() const { return together_; }
 
   // Values of dy that a band reads.
   int64_t source_size() const { return most_source_rows() * source_width() * k_; }
@@ -58,7 +75,9 @@ class InputGradient {
   // lies or in `loaded`.
   const O* load_grad(const OutputGradient<S>& grad, int64_t band, O* loaded) const {
     const int64_t image = bands.image(band), p = op_.shape.output.height, q = q_;
-    const int64_t first = first_p(bands.first_row(band)), last = last_p(bands.end_row(band) - 1);
+    const int64_t first_row = bands.first_row(band);
+    const int64_t rows = round_up(bands.end_row(band) - first_row, step_);
+    const int64_t first = first_p(first_row), last = last_p(first_row + rows - 1);
     const int64_t width = source_width();
     const int64_t begin_q = std::clamp<int64_t>(-first_q(), 0, width);
     const int64_t end_q = std::clamp<int64_t>(q - first_q(), begin_q, width);
@@ -78,41 +97,26 @@ class InputGradient {
     return loaded;
   }
 
-  // Writes g of a band, from the dy that load_grad() gave for it; bands of a part come in order.
-  void compute(int64_t part, int64_t band, const O* dy, Ahead& ahead) {
+  // Writes g of `count` bands from `band` on, from the dy that load_grad() gave for each; bands of
+  // a part come in order.
+  void compute(int64_t part, int64_t band, int64_t count, const O* const* dy, Ahead& ahead) {
     const A* const affine = static_cast<const A*>(op_.affine);
-    const int64_t image = bands.image(band), first = bands.first_row(band);
-    const int64_t end = bands.end_row(band), source_first = first_p(first);
-    A* const out = buffer<A>(Buffer::kTile, tile_rows_ * pitch_ * c_);
+    const int64_t first = bands.first_row(band), end = bands.end_row(band);
+    A* const out = buffer<A>(Buffer::kTile, together_ * tile_rows_ * pitch_ * c_);
     A* const tile_sums = op_.sums ? buffer<A>(Buffer::kVectors, 2 * c_) : nullptr;
     if (op_.sums) std::fill_n(tile_sums, 2 * c_, A(0));
     for (int64_t row = first; row < end; row += tile_rows_) {
-      const int64_t rows = std::min(tile_rows_, end - row);
-      const int64_t first_value = (image * height_ + row) * width_ * c_;
+      const int64_t rows = std::min(tile_rows_, end - row), values = rows * width_ * c_;
+      const int64_t whole_rows = round_up(rows, step_);
+      const int64_t first_value = (bands.image(band) * height_ + row) * width_ * c_;
       ahead.clear();
       const void* const touched[] = {op_.g, op_.addend, op_.residual, affine ? op_.input : nullptr};
-      for (const void* tensor : touched) ahead.want<S>(tensor, first_value, rows * width_ * c_);
-      if (adds_to_zeros_ || !every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
-      for (int64_t x = row; x < (joined_ ? row + 1 : row + rows); ++x)
-        multiply(x, joined_ ? rows : 1, dy, source_first, out + (x - row) * pitch_ * c_, ahead);
-      const int64_t runs = pitch_ == width_ ? 1 : rows, pixels = rows / runs * width_;
-      for (int64_t run = 0; run < runs; ++run) {
-        A* const dh = out + run * pitch_ * c_;
-        const int64_t offset = first_value + run * pixels * c_;
-        const S* const addend = op_.addend ? static_cast<const S*>(op_.addend) + offset : nullptr;
-        S* const g = static_cast<S*>(op_.g) + offset;
-        const S* const u = static_cast<const S*>(op_.input) + offset;
-        A* const s2 = op_.sums ? tile_sums + c_ : nullptr;
-        if (!affine || (op_.frozen && addend)) store_rows(dh, addend, pixels, c_, g, nullptr);
-        if (!affine) continue;
-        if (op_.frozen)
-          frozen_slope_rows(dh,
-                            op_.residual ? static_cast<const S*>(op_.residual) + offset : nullptr,
-                            u, pixels, c_, affine, op_.activation, g, tile_sums, s2);
-        else
-          slope_rows(dh, addend, u, pixels, c_, affine, op_.activation, g, tile_sums, s2);
+      for (const void* tensor : touched) ahead.want<S>(tensor, first_value, count * values);
+      multiply(first, row, whole_rows, count, dy, out, ahead);
+      for (int64_t i = 0; i < count; ++i) {
+        store(first_value + i * values, rows, out + i * whole_rows * pitch_ * c_, tile_sums);
+        if (op_.sums) partial_.add(part, tile_sums);
       }
-      if (op_.sums) partial_.add(part, tile_sums);
     }
   }
 
@@ -129,10 +133,12 @@ class InputGradient {
   const int64_t q_ = op_.shape.output.width;
   const int64_t stride_h_ = op_.shape.stride_height, stride_w_ = op_.shape.stride_width;
   const int64_t top_ = op_.shape.pad_top, left_ = op_.shape.pad_left;
+  const int64_t step_ = step(op_.shape);  // of rows and columns that are computed
   const Tile<O, A> tile_;
   const bool joined_;    // all rows of a tile in one product
   const int64_t pitch_;  // of a tile's rows
-  const int64_t tile_rows_;
+  int64_t tile_rows_, together_ = 1;
+  std::optional<WinogradConv> winograd_;
   std::vector<Phase> down_, across_;
   std::vector<Packed<O>> weights_;  // of each phase, [taps down, taps across (backwards), K] by C
   const bool adds_to_zeros_ = kAddsToZeros<O> && op_.shape.kernel_height > stride_h_;
@@ -140,11 +146,13 @@ class InputGradient {
   PartialSums partial_;
 
   static Bands bands_of(const ConvShape& shape) {
-    if (keeps_size(shape)) return gradient_bands<O>(shape);
+    if (share_bands<O>(shape)) return gradient_bands<O>(shape);
     const int64_t k = shape.output.channels, bytes = static_cast<int64_t>(sizeof(O));
     const int64_t row = std::max<int64_t>(source_width(shape), 1) * k * bytes;
     const int64_t weight = shape.kernel_height * shape.kernel_width * k * shape.input.channels;
-    return {shape.input, kCacheBytes * shape.stride_height / row, kMostParts, weight * bytes};
+    return {shape.input, kCacheBytes * shape.stride_height / row,
+            step(shape) == 2 ? winograd_parts(shape, shape.input) : kMostParts, weight * bytes,
+            step(shape)};
   }
 
   // A band of rows [x, end) reads rows [first_p(x), last_p(end - 1)] of dy, and of each the columns
@@ -162,8 +170,11 @@ class InputGradient {
     return ceil_div(shape.pad_left - (shape.kernel_width - 1), shape.stride_width);
   }
   static int64_t source_width(const ConvShape& shape) {
-    return floor_div(shape.input.width - 1 + shape.pad_left, shape.stride_width) - first_q(shape) +
-           1;
+    const int64_t width = round_up(shape.input.width, step(shape));
+    return floor_div(width - 1 + shape.pad_left, shape.stride_width) - first_q(shape) + 1;
+  }
+  static int64_t step(const ConvShape& shape) {
+    return winograd_pays<O>(shape, shape.input) ? 2 : 1;
   }
 
   void pack_weights(const Runtime& runtime) {
@@ -187,9 +198,45 @@ class InputGradient {
       }
   }
 
-  // dh of input rows [x, x + rows), several only where they join.
-  void multiply(int64_t x, int64_t rows, const O* dy, int64_t source_first, A* out,
+  // dh [rows, pitch, C] of input rows [row, row + rows) of bands that begin with row `first`.
+  void multiply(int64_t first, int64_t row, int64_t rows, int64_t count, const O* const* dy, A* out,
                 Ahead& ahead) const {
+    if constexpr (std::is_same_v<O, float>)
+      if (winograd_) {
+        std::vector<const O*> sources(dy, dy + count);
+        for (const O*& source : sources) source += (row - first) * source_width() * k_;
+        return winograd_->multiply(count, rows, pitch_, sources.data(), out, ahead);
+      }
+    if (adds_to_zeros_ || !every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
+    for (int64_t x = row; x < (joined_ ? row + 1 : row + rows); ++x)
+      multiply_rows(x, joined_ ? rows : 1, *dy, first_p(first), out + (x - row) * pitch_ * c_,
+                    ahead);
+  }
+
+  // Stores what has become of dh.
+  void store(int64_t first_value, int64_t rows, A* out, A* sums) const {
+    const A* const affine = static_cast<const A*>(op_.affine);
+    const int64_t runs = pitch_ == width_ ? 1 : rows, pixels = rows / runs * width_;
+    for (int64_t run = 0; run < runs; ++run) {
+      A* const dh = out + run * pitch_ * c_;
+      const int64_t offset = first_value + run * pixels * c_;
+      const S* const addend = op_.addend ? static_cast<const S*>(op_.addend) + offset : nullptr;
+      S* const g = static_cast<S*>(op_.g) + offset;
+      const S* const u = static_cast<const S*>(op_.input) + offset;
+      A* const s2 = sums ? sums + c_ : nullptr;
+      if (!affine || (op_.frozen && addend)) store_rows(dh, addend, pixels, c_, g, nullptr);
+      if (!affine) continue;
+      if (op_.frozen)
+        frozen_slope_rows(dh, op_.residual ? static_cast<const S*>(op_.residual) + offset : nullptr,
+                          u, pixels, c_, affine, op_.activation, g, sums, s2);
+      else
+        slope_rows(dh, addend, u, pixels, c_, affine, op_.activation, g, sums, s2);
+    }
+  }
+
+  // dh of input rows [x, x + rows), several only where they join.
+  void multiply_rows(int64_t x, int64_t rows, const O* dy, int64_t source_first, A* out,
+                     Ahead& ahead) const {
     const int64_t phase_h = (x + top_) % stride_h_, i = (x + top_) / stride_h_;
     for (int64_t j = 0; j < stride_w_; ++j) {
       const Phase& phase = across_[j];

@@ -9,38 +9,47 @@
 #include "../residual_sum.h"
 #include "input_gradient.h"
 #include "weight_gradient.h"
+#include "winograd_weight_gradient.h"
 
 namespace preact {
 namespace {
 
-template <typename S, typename O>
+template <typename S, typename O, typename Gradient>
 void run(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
   dgrad.shape = wgrad.shape = flattened(dgrad.shape);
   const OutputGradient<S> grad(dgrad.grad, dgrad.shape.output);
   InputGradient<S, O> dinput(runtime, dgrad);
-  const WeightGradient<S, O> dweight(runtime, wgrad);
+  const Gradient dweight(runtime, wgrad);
   const Bands& bands = dweight.bands;
   const int64_t size = dinput.source_size(), together = dweight.together(size);
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
     Ahead ahead = make_ahead<O>(runtime);
     O* const loaded = buffer<O>(Buffer::kGrad, together * size);
-    const O* rights[WeightGradient<S, O>::kMostTogether];
+    const O* dy[Gradient::kMostTogether];
+    typename Gradient::Operands operands;
     const int64_t end = bands.parts.end(part);
     for (int64_t first = bands.parts.begin(part); first < end; first += together) {
       const int64_t count = std::min(together, end - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t band = first + i;
-        const O* const dy = dinput.load_grad(grad, band, loaded + i * size);
-        rights[i] = dweight.load(i, together, band, dy + dinput.first_pixel(band));
-        dinput.compute(part, band, dy, ahead);
+      for (int64_t i = 0, computed = 0; i < count; ++i) {
+        const int64_t band = first + i, ready = i + 1 - computed;
+        dy[i] = dinput.load_grad(grad, band, loaded + i * size);
+        dweight.load(i, together, band, dy[i] + dinput.first_pixel(band), operands);
+        if (ready < dinput.together() && i + 1 < count) continue;
+        dinput.compute(part, first + computed, ready, dy + computed, ahead);
+        computed = i + 1;
       }
       ahead.clear();
       if (first + count < end) dweight.want(grad, first + count, ahead);
-      dweight.multiply(part, first, count, together, rights, ahead);
+      dweight.multiply(part, 0, first, count, together, operands, ahead);
     }
   });
   dinput.finish();
   dweight.finish(runtime);
+}
+
+void run_apart(const Runtime& runtime, const PreactConvDgrad& dgrad, const PreactConvWgrad& wgrad) {
+  preact_conv_wgrad(runtime, wgrad);
+  preact_conv_dgrad(runtime, dgrad);
 }
 
 }  // namespace
@@ -53,13 +62,15 @@ void preact_conv_backward(const Runtime& runtime, const PreactConvDgrad& dgrad,
   const bool together = keeps_size(dgrad.shape) && same_operands;
   if (dgrad.grad.dy && !(together && is_pointwise(dgrad.shape)))
     return backward_after_residual_grad(runtime, dgrad, wgrad);
-  if (!together) {
-    preact_conv_wgrad(runtime, wgrad);
-    preact_conv_dgrad(runtime, dgrad);
-    return;
-  }
-  dispatch(runtime, dgrad.dtype, 2,
-           [&]<typename S, typename O>(S, O) { run<S, O>(runtime, dgrad, wgrad); });
+  if (!together) return run_apart(runtime, dgrad, wgrad);
+  dispatch(runtime, dgrad.dtype, 2, [&]<typename S, typename O>(S, O) {
+    if constexpr (std::is_same_v<O, float>)
+      if (winograd_pays<O>(wgrad.shape, wgrad.shape.output))
+        return share_bands<O>(wgrad.shape)
+                   ? run<S, O, WinogradWeightGradient<S>>(runtime, dgrad, wgrad)
+                   : run_apart(runtime, dgrad, wgrad);
+    run<S, O, WeightGradient<S, O>>(runtime, dgrad, wgrad);
+  });
 }
 
 }  // namespace preact

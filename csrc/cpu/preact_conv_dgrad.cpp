@@ -15,9 +15,16 @@ void run(const Runtime& runtime, PreactConvDgrad op) {
   const Parts& parts = dinput.bands.parts;
   parallel_for(runtime, parts.parts, [&](int64_t part) {
     Ahead ahead = make_ahead<O>(runtime);
-    O* const loaded = buffer<O>(Buffer::kGrad, dinput.source_size());
-    for (int64_t band = parts.begin(part); band < parts.end(part); ++band)
-      dinput.compute(part, band, dinput.load_grad(grad, band, loaded), ahead);
+    const int64_t size = dinput.source_size(), together = dinput.together();
+    O* const loaded = buffer<O>(Buffer::kGrad, together * size);
+    std::vector<const O*> dy(together);
+    const int64_t end = parts.end(part);
+    for (int64_t band = parts.begin(part), count; band < end; band += count) {
+      count = std::min(together, end - band);
+      for (int64_t i = 0; i < count; ++i)
+        dy[i] = dinput.load_grad(grad, band + i, loaded + i * size);
+      dinput.compute(part, band, count, dy.data(), ahead);
+    }
   });
   dinput.finish();
 }

@@ -33,16 +33,22 @@ constexpr int kVectors = 4;
 
 }  // namespace
 
+#ifdef PREACT_VERSIONS
+#define PREACT_BEST_TILE(name)                              \
+  if (__builtin_cpu_supports("x86-64-v4")) return v4::name; \
+  if (__builtin_cpu_supports("x86-64-v3")) return v3::name; \
+  return any::name;
+#else
+#define PREACT_BEST_TILE(name) return any::name;
+#endif
+
 template <typename T>
 Tile<T> portable_tile() {
-#ifdef PREACT_VERSIONS
-  if (__builtin_cpu_supports("x86-64-v4")) return v4::kTile<T>;
-  if (__builtin_cpu_supports("x86-64-v3")) return v3::kTile<T>;
-#endif
-  return any::kTile<T>;
+  PREACT_BEST_TILE(kTile<T>)
 }
-
 template Tile<float> portable_tile();
 template Tile<double> portable_tile();
+
+Tile<float> transposed_tile() { PREACT_BEST_TILE(kTransposedTile<float>) }
 
 }  // namespace preact

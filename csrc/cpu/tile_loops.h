@@ -22,10 +22,30 @@ struct VectorOf<double> {
 template <typename T>
 constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
 
+// The left operand, [m, k] or its transpose [k, m].
+template <typename T>
+struct AsItIs {
+  const T* values;
+  int64_t ld;
+  PREACT_TARGET PREACT_INLINE T at(int64_t i, int64_t j) const { return values[i * ld + j]; }
+  PREACT_TARGET PREACT_INLINE AsItIs from(int64_t i, int64_t j) const {
+    return {values + i * ld + j, ld};
+  }
+};
+template <typename T>
+struct Transposed {
+  const T* values;
+  int64_t ld;
+  PREACT_TARGET PREACT_INLINE T at(int64_t i, int64_t j) const { return values[j * ld + i]; }
+  PREACT_TARGET PREACT_INLINE Transposed from(int64_t i, int64_t j) const {
+    return {values + j * ld + i, ld};
+  }
+};
+
 // b: [k, kN vectors].
-template <int kM, int kN, typename T>
-PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t lda, int64_t ldc, bool accumulate,
-                                       const T* a, const T* b, T* c) {
+template <int kM, int kN, typename Left, typename T>
+PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t ldc, bool accumulate, Left a, const T* b,
+                                       T* c) {
   using Vector = typename VectorOf<T>::type;
   Vector sum[kM][kN] = {};
   // A processor that two threads share has few instructions to spare for counting.
@@ -38,7 +58,7 @@ PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t lda, int64_t ldc, bool
 #pragma GCC unroll 6
     for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) sum[i][v] += a[i * lda + j] * row[v];
+      for (int v = 0; v < kN; ++v) sum[i][v] += a.at(i, j) * row[v];
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kM; ++i)
@@ -50,17 +70,17 @@ PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t lda, int64_t ldc, bool
 }
 
 // block<rows, kN>
-template <int kN, int kM = kRows, typename T>
-PREACT_TARGET PREACT_INLINE void block_of(int64_t rows, int64_t k, int64_t lda, int64_t ldc,
-                                          bool accumulate, const T* a, const T* b, T* c) {
-  if (rows == kM) return block<kM, kN>(k, lda, ldc, accumulate, a, b, c);
-  if constexpr (kM > 1) block_of<kN, kM - 1>(rows, k, lda, ldc, accumulate, a, b, c);
+template <int kN, int kM = kRows, typename Left, typename T>
+PREACT_TARGET PREACT_INLINE void block_of(int64_t rows, int64_t k, int64_t ldc, bool accumulate,
+                                          Left a, const T* b, T* c) {
+  if (rows == kM) return block<kM, kN>(k, ldc, accumulate, a, b, c);
+  if constexpr (kM > 1) block_of<kN, kM - 1>(rows, k, ldc, accumulate, a, b, c);
 }
 
 // All rows of kN vectors of columns, in blocks as even as may be: a short one waits for its sums.
-template <int kN, typename T>
-PREACT_TARGET void columns(int64_t m, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                           bool accumulate, const T* a, const T* b, T* c) {
+template <int kN, typename Left, typename T>
+PREACT_TARGET void columns(int64_t m, int64_t k, int64_t ldb, int64_t ldc, bool accumulate, Left a,
+                           const T* b, T* c) {
   constexpr int64_t kWidth = kN * kLanes<T>;
   alignas(64) T together[kDepth * kWidth];
   if (ldb != kWidth) {
@@ -71,21 +91,21 @@ PREACT_TARGET void columns(int64_t m, int64_t k, int64_t lda, int64_t ldb, int64
   const int64_t blocks = ceil_div(m, kRows), fewest = m / blocks, longer = m % blocks;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t rows = fewest + (i < longer);
-    block_of<kN>(rows, k, lda, ldc, accumulate, a, b, c);
-    a += rows * lda;
+    block_of<kN>(rows, k, ldc, accumulate, a, b, c);
+    a = a.from(rows, 0);
     c += rows * ldc;
   }
 }
 
 // All rows of the n columns that do not fill a vector.
-template <typename T>
-PREACT_TARGET void edge(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                        bool accumulate, const T* a, const T* b, T* c) {
+template <typename Left, typename T>
+PREACT_TARGET void edge(int64_t m, int64_t n, int64_t k, int64_t ldb, int64_t ldc, bool accumulate,
+                        Left a, const T* b, T* c) {
   alignas(64) T together[kDepth * kLanes<T>] = {}, sum[kRows * kLanes<T>];
   for (int64_t j = 0; j < k; ++j) std::copy_n(b + j * ldb, n, together + j * kLanes<T>);
   for (int64_t row = 0; row < m; row += kRows) {
     const int64_t rows = std::min(kRows, m - row);
-    block_of<1>(rows, k, lda, kLanes<T>, false, a + row * lda, together, sum);
+    block_of<1>(rows, k, kLanes<T>, false, a.from(row, 0), together, sum);
     for (int64_t i = 0; i < rows; ++i) {
       T* const out = c + (row + i) * ldc;
       for (int64_t l = 0; l < n; ++l) {
@@ -97,26 +117,28 @@ PREACT_TARGET void edge(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ld
 }
 
 // Columns from `column` on: as many as there are by kN vectors, the rest by half of them.
-template <int kN, typename T>
-PREACT_TARGET void columns_from(int64_t column, int64_t m, int64_t n, int64_t k, int64_t lda,
-                                int64_t ldb, int64_t ldc, bool accumulate, const T* a, const T* b,
-                                T* c) {
+template <int kN, typename Left, typename T>
+PREACT_TARGET void columns_from(int64_t column, int64_t m, int64_t n, int64_t k, int64_t ldb,
+                                int64_t ldc, bool accumulate, Left a, const T* b, T* c) {
   for (; column + kN * kLanes<T> <= n; column += kN * kLanes<T>)
-    columns<kN>(m, k, lda, ldb, ldc, accumulate, a, b + column, c + column);
+    columns<kN>(m, k, ldb, ldc, accumulate, a, b + column, c + column);
   if (column == n) return;
   if constexpr (kN > 1)
-    columns_from<kN / 2>(column, m, n, k, lda, ldb, ldc, accumulate, a, b, c);
+    columns_from<kN / 2>(column, m, n, k, ldb, ldc, accumulate, a, b, c);
   else
-    edge(m, n - column, k, lda, ldb, ldc, accumulate, a, b + column, c + column);
+    edge(m, n - column, k, ldb, ldc, accumulate, a, b + column, c + column);
 }
 
-template <typename T>
+template <template <typename> typename Left, typename T>
 PREACT_TARGET void multiply(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
                             bool accumulate, const T* a, const T* b, T* c) {
+  const Left<T> left{a, lda};
   for (int64_t j = 0; j < k; j += kDepth, accumulate = true)
-    columns_from<kVectors>(0, m, n, std::min(kDepth, k - j), lda, ldb, ldc, accumulate, a + j,
+    columns_from<kVectors>(0, m, n, std::min(kDepth, k - j), ldb, ldc, accumulate, left.from(0, j),
                            b + j * ldb, c);
 }
 
 template <typename T>
-constexpr Tile<T> kTile = {multiply<T>, kVectors * kLanes<T>, true};
+constexpr Tile<T> kTile = {multiply<AsItIs, T>, kVectors * kLanes<T>, true};
+template <typename T>
+constexpr Tile<T> kTransposedTile = {multiply<Transposed, T>, kVectors * kLanes<T>, true};

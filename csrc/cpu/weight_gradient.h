@@ -20,7 +20,11 @@ class WeightGradient {
   const Window window_;
 
  public:
-  static constexpr int64_t kMostTogether = 16;
+  static constexpr int64_t kMostTogether = 16, pieces = 1;
+  // Of a group of bands.
+  struct Operands {
+    const O* right[kMostTogether];
+  };
   const Bands bands;
 
   // op's shape is flattened.
@@ -58,9 +62,9 @@ class WeightGradient {
     return loaded;
   }
 
-  // Makes the operands of the i-th band of `together`, of its dy [rows, pitch, K], and returns the
-  // right one; dy has to stay for multiply().
-  const O* load(int64_t i, int64_t together, int64_t band, const O* dy) const {
+  // Makes the operands of the i-th band of `together`, of its dy [rows, pitch, K], which has to
+  // stay for multiply().
+  void load(int64_t i, int64_t together, int64_t band, const O* dy, Operands& operands) const {
     const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
     O* const right = buffer<O>(Buffer::kRight, together * right_size_) + i * right_size_;
     O* const h = transposes_h_ || kPairs<O>
@@ -78,9 +82,9 @@ class WeightGradient {
       const int64_t even = pixels(rows) + pixels(rows) % 2, end = depth(pixels(rows));
       pair_rows(as_it_lies, pixels(rows), product_columns_, right);
       std::fill_n(right + even * product_columns_, (end - even) * product_columns_, O{});
-      return right;
+      operands.right[i] = right;
     } else {
-      return in_blocks_ ? to_blocks(as_it_lies, pixels(rows), right) : as_it_lies;
+      operands.right[i] = in_blocks_ ? to_blocks(as_it_lies, pixels(rows), right) : as_it_lies;
     }
   }
 
@@ -94,8 +98,8 @@ class WeightGradient {
 
   // Adds to a part's dW `count` bands from `first` on, of `together`, the operands that load()
   // made.
-  void multiply(int64_t part, int64_t first, int64_t count, int64_t together,
-                const O* const* rights, Ahead& ahead) const {
+  void multiply(int64_t part, int64_t /*piece*/, int64_t first, int64_t count, int64_t together,
+                const Operands& operands, Ahead& ahead) const {
     const O* const left = buffer<O>(Buffer::kTransposed, together * left_size_);
     const int64_t s = op_.shape.kernel_width;
     A* const dweight = partial_ + part * size_;
@@ -114,7 +118,7 @@ class WeightGradient {
             const O* const a = left + i * left_size_ + tap % s % step_ * plane_size_ + row * ld_ +
                                tap / s * plane_width_ + tap % s / step_;
             const int64_t to_column = in_blocks_ ? pixels(rows) : kPairs<O> ? 2 : 1;
-            const O* const b = rights[i] + column * to_column;
+            const O* const b = operands.right[i] + column * to_column;
             for (int64_t call = 0; call < calls; ++call)
               ahead.multiply<O, A>(tile_, m, n, depth(pixels(joined_ ? rows : 1)), ld_, ldb,
                                    product_columns_,

@@ -434,6 +434,9 @@ void test_all(const std::string& dtype) {
       conv_shape({1, 3, 2, 1}, 1, 3, 1, 1, 1, 1, 1),      // one channel
       conv_shape({3, 30, 31, 32}, 8, 1, 1, 0, 0, 0, 0),   // more than one part of the work
       conv_shape({1, 40, 41, 48}, 16, 3, 1, 1, 1, 1, 1),  //
+      conv_shape({2, 5, 7, 20}, 17, 3, 1, 2, 0, 0, 2),    // in fewer multiplications, padded
+      conv_shape({2, 7, 6, 16}, 16, 3, 1, 0, 0, 0, 0),    // on one side or not,
+      conv_shape({40, 4, 3, 16}, 24, 3, 1, 1, 1, 1, 1),   // of several images at once
   };
   for (const Activation activation : {Activation::kRelu, Activation::kSilu}) {
     const std::string prefix = dtype + (activation == Activation::kRelu ? " relu " : " silu ");
@@ -450,6 +453,9 @@ void test_all(const std::string& dtype) {
 
 int main() {
   test_all<float>("float32");
+  test_conv<float>("weights that fill the caches",
+                   conv_shape({3, 2, 2, 260}, 256, 3, 1, 1, 1, 1, 1), Activation::kRelu, true,
+                   false, true);
   test_all<double>("float64");
   test_all<bf16>("bfloat16");
   in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false};

@@ -42,18 +42,21 @@ std::vector<T> integers(int64_t count) {
   return values;
 }
 
-// Rows of all operands end in values that belong to nobody; C's are compared too.
+// Rows of all operands end in values that belong to nobody; C's are compared too. A is [m, k], or
+// [k, m].
 template <typename T>
-bool one_product_is_right(const Tile<T>& tile) {
+bool one_product_is_right(const Tile<T>& tile, bool transposed) {
   const int64_t m = between(1, 40), n = between(1, 3 * tile.columns), k = between(1, 600);
-  const int64_t lda = k + between(0, 3), ldb = n + between(0, 3), ldc = n + between(0, 3);
+  const int64_t lda = (transposed ? m : k) + between(0, 3), ldb = n + between(0, 3),
+                ldc = n + between(0, 3);
   const bool accumulate = between(0, 1);
-  const std::vector<T> a = integers<T>(m * lda), b = integers<T>(k * ldb);
+  const std::vector<T> a = integers<T>((transposed ? k : m) * lda), b = integers<T>(k * ldb);
   std::vector<T> c = integers<T>(m * ldc), expected = c;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       T sum = accumulate ? c[i * ldc + j] : 0;
-      for (int64_t l = 0; l < k; ++l) sum += a[i * lda + l] * b[l * ldb + j];
+      for (int64_t l = 0; l < k; ++l)
+        sum += a[transposed ? l * lda + i : i * lda + l] * b[l * ldb + j];
       expected[i * ldc + j] = sum;
     }
   tile.multiply(m, n, k, lda, ldb, ldc, accumulate, a.data(), b.data(), c.data());
@@ -61,10 +64,10 @@ bool one_product_is_right(const Tile<T>& tile) {
 }
 
 template <typename T>
-int wrong_products(const char* name, const Tile<T>& tile) {
+int wrong_products(const char* name, const Tile<T>& tile, bool transposed = false) {
   constexpr int kProducts = 300;
   int wrong = 0;
-  for (int i = 0; i < kProducts; ++i) wrong += !one_product_is_right(tile);
+  for (int i = 0; i < kProducts; ++i) wrong += !one_product_is_right(tile, transposed);
   if (wrong) std::printf("%s: %d of %d products are wrong\n", name, wrong, kProducts);
   return wrong;
 }
@@ -76,6 +79,10 @@ int main() {
                     wrong_products("float, 32 bytes", bytes32::kTile<float>) +
                     wrong_products("float, 64 bytes", bytes64::kTile<float>) +
                     wrong_products("float, this processor", portable_tile<float>()) +
+                    wrong_products("transposed, 16 bytes", bytes16::kTransposedTile<float>, true) +
+                    wrong_products("transposed, 32 bytes", bytes32::kTransposedTile<float>, true) +
+                    wrong_products("transposed, 64 bytes", bytes64::kTransposedTile<float>, true) +
+                    wrong_products("transposed, this processor", transposed_tile(), true) +
                     wrong_products("double, 16 bytes", bytes16::kTile<double>) +
                     wrong_products("double, 32 bytes", bytes32::kTile<double>) +
                     wrong_products("double, 64 bytes", bytes64::kTile<double>) +
