@@ -107,7 +107,8 @@ def _flush_cache(device: torch.device) -> None:
 class Traffic(TorchDispatchMode):
     """Adds up the floor of every operator that runs: its bytes moved, or its arithmetic.
 
-    An operator's bytes are its tensors, each once; views and allocations move nothing.
+    An operator's bytes are its tensors, each once; views and allocations move nothing. Arithmetic
+    is a direct convolution's: a kernel that multiplies less can be below its floor.
     """
 
     def __init__(self, bandwidth: float, rate: float) -> None:
