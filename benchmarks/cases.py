@@ -59,6 +59,7 @@ class Case:
     passes: str
     quick: bool
     deep: bool = False
+    seed: int = 0
 
     def step(self, contender: Contender, dtype: torch.dtype, device: torch.device) -> Step:
         """A step by a contender: each call runs it and returns what can be compared.
@@ -66,7 +67,7 @@ class Case:
         The same seed gives every contender the same weights and images. bfloat16 runs under
         autocast, float64 is the truth that the others are checked against.
         """
-        torch.manual_seed(0)
+        torch.manual_seed(self.seed)
         exact = torch.promote_types(dtype, torch.float32)
         layout = getattr(torch, contender.memory_format)
         model = self.build().to(device, exact).to(memory_format=layout)

