@@ -23,28 +23,19 @@ template <typename T>
 constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
 
 // The left operand, [m, k] or its transpose [k, m].
-template <typename T>
-struct AsItIs {
+template <bool kTransposed, typename T>
+struct Left {
   const T* values;
   int64_t ld;
-  PREACT_TARGET PREACT_INLINE T at(int64_t i, int64_t j) const { return values[i * ld + j]; }
-  PREACT_TARGET PREACT_INLINE AsItIs from(int64_t i, int64_t j) const {
-    return {values + i * ld + j, ld};
+  PREACT_TARGET PREACT_INLINE const T* at(int64_t i, int64_t j) const {
+    return kTransposed ? values + j * ld + i : values + i * ld + j;
   }
-};
-template <typename T>
-struct Transposed {
-  const T* values;
-  int64_t ld;
-  PREACT_TARGET PREACT_INLINE T at(int64_t i, int64_t j) const { return values[j * ld + i]; }
-  PREACT_TARGET PREACT_INLINE Transposed from(int64_t i, int64_t j) const {
-    return {values + j * ld + i, ld};
-  }
+  PREACT_TARGET PREACT_INLINE Left from(int64_t i, int64_t j) const { return {at(i, j), ld}; }
 };
 
 // b: [k, kN vectors].
-template <int kM, int kN, typename Left, typename T>
-PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t ldc, bool accumulate, Left a, const T* b,
+template <int kM, int kN, typename A, typename T>
+PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t ldc, bool accumulate, A a, const T* b,
                                        T* c) {
   using Vector = typename VectorOf<T>::type;
   Vector sum[kM][kN] = {};
@@ -58,7 +49,7 @@ PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t ldc, bool accumulate, 
 #pragma GCC unroll 6
     for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) sum[i][v] += a.at(i, j) * row[v];
+      for (int v = 0; v < kN; ++v) sum[i][v] += *a.at(i, j) * row[v];
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kM; ++i)
@@ -70,16 +61,16 @@ PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t ldc, bool accumulate, 
 }
 
 // block<rows, kN>
-template <int kN, int kM = kRows, typename Left, typename T>
+template <int kN, int kM = kRows, typename A, typename T>
 PREACT_TARGET PREACT_INLINE void block_of(int64_t rows, int64_t k, int64_t ldc, bool accumulate,
-                                          Left a, const T* b, T* c) {
+                                          A a, const T* b, T* c) {
   if (rows == kM) return block<kM, kN>(k, ldc, accumulate, a, b, c);
   if constexpr (kM > 1) block_of<kN, kM - 1>(rows, k, ldc, accumulate, a, b, c);
 }
 
 // All rows of kN vectors of columns, in blocks as even as may be: a short one waits for its sums.
-template <int kN, typename Left, typename T>
-PREACT_TARGET void columns(int64_t m, int64_t k, int64_t ldb, int64_t ldc, bool accumulate, Left a,
+template <int kN, typename A, typename T>
+PREACT_TARGET void columns(int64_t m, int64_t k, int64_t ldb, int64_t ldc, bool accumulate, A a,
                            const T* b, T* c) {
   constexpr int64_t kWidth = kN * kLanes<T>;
   alignas(64) T together[kDepth * kWidth];
@@ -98,9 +89,9 @@ PREACT_TARGET void columns(int64_t m, int64_t k, int64_t ldb, int64_t ldc, bool 
 }
 
 // All rows of the n columns that do not fill a vector.
-template <typename Left, typename T>
+template <typename A, typename T>
 PREACT_TARGET void edge(int64_t m, int64_t n, int64_t k, int64_t ldb, int64_t ldc, bool accumulate,
-                        Left a, const T* b, T* c) {
+                        A a, const T* b, T* c) {
   alignas(64) T together[kDepth * kLanes<T>] = {}, sum[kRows * kLanes<T>];
   for (int64_t j = 0; j < k; ++j) std::copy_n(b + j * ldb, n, together + j * kLanes<T>);
   for (int64_t row = 0; row < m; row += kRows) {
@@ -117,9 +108,9 @@ PREACT_TARGET void edge(int64_t m, int64_t n, int64_t k, int64_t ldb, int64_t ld
 }
 
 // Columns from `column` on: as many as there are by kN vectors, the rest by half of them.
-template <int kN, typename Left, typename T>
+template <int kN, typename A, typename T>
 PREACT_TARGET void columns_from(int64_t column, int64_t m, int64_t n, int64_t k, int64_t ldb,
-                                int64_t ldc, bool accumulate, Left a, const T* b, T* c) {
+                                int64_t ldc, bool accumulate, A a, const T* b, T* c) {
   for (; column + kN * kLanes<T> <= n; column += kN * kLanes<T>)
     columns<kN>(m, k, ldb, ldc, accumulate, a, b + column, c + column);
   if (column == n) return;
@@ -129,16 +120,16 @@ PREACT_TARGET void columns_from(int64_t column, int64_t m, int64_t n, int64_t k,
     edge(m, n - column, k, ldb, ldc, accumulate, a, b + column, c + column);
 }
 
-template <template <typename> typename Left, typename T>
+template <bool kTransposed, typename T>
 PREACT_TARGET void multiply(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
                             bool accumulate, const T* a, const T* b, T* c) {
-  const Left<T> left{a, lda};
+  const Left<kTransposed, T> left{a, lda};
   for (int64_t j = 0; j < k; j += kDepth, accumulate = true)
     columns_from<kVectors>(0, m, n, std::min(kDepth, k - j), ldb, ldc, accumulate, left.from(0, j),
                            b + j * ldb, c);
 }
 
 template <typename T>
-constexpr Tile<T> kTile = {multiply<AsItIs, T>, kVectors * kLanes<T>, true};
+constexpr Tile<T> kTile = {multiply<false, T>, kVectors * kLanes<T>, true};
 template <typename T>
-constexpr Tile<T> kTransposedTile = {multiply<Transposed, T>, kVectors * kLanes<T>, true};
+constexpr Tile<T> kTransposedTile = {multiply<true, T>, kVectors * kLanes<T>, true};

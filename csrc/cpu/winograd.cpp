@@ -36,56 +36,65 @@ struct First {
   static PREACT_INLINE float of(float a, float /*b*/) { return a; }
 };
 
+// Calls f(upper, lower, to, columns) for all tiles of a line and pieces of their channels: where
+// they begin in rows a and b, and in the row that is made of these.
+template <typename F>
+PREACT_INLINE void in_line(const float* a, const float* b, int64_t tiles, int64_t channels,
+                           const Transformed& out, const F& f) {
+  const int64_t pitch = out.pitch;
+  in_pieces(channels, out, [&](int64_t first, int64_t columns, float* to) PREACT_INLINE_BODY {
+    const float *upper = a + first, *lower = b + first;
+    for (int64_t t = 0; t < tiles; ++t) {
+      f(upper, lower, to, columns);
+      upper += 2 * channels;
+      lower += 2 * channels;
+      to += pitch;
+    }
+  });
+}
+
+#define PREACT_TILE                                                                  \
+  [&](const float* upper, const float* lower, float* __restrict to, int64_t columns) \
+      PREACT_INLINE_BODY
+
 // A row of B^T d B, whose row of B^T d is Combine of rows a and b.
 template <typename Combine>
 PREACT_INLINE void source_row(const float* a, const float* b, int64_t tiles, int64_t channels,
                               const Transformed& out) {
-  const int64_t plane = out.plane, pitch = out.pitch;
-  in_pieces(channels, out,
-            [&](int64_t first, int64_t columns, float* __restrict to) PREACT_INLINE_BODY {
-              const float *upper = a + first, *lower = b + first;
-              for (int64_t t = 0; t < tiles; ++t) {
+  const int64_t plane = out.plane;
+  in_line(
+      a, b, tiles, channels, out, PREACT_TILE {
 #pragma omp simd
-                for (int64_t c = 0; c < columns; ++c) {
-                  float row[4];
+        for (int64_t c = 0; c < columns; ++c) {
+          float row[4];
 #pragma GCC unroll 4
-                  for (int64_t j = 0; j < 4; ++j)
-                    row[j] = Combine::of(upper[j * channels + c], lower[j * channels + c]);
-                  to[0 * plane + c] = row[0] - row[2];
-                  to[1 * plane + c] = row[1] + row[2];
-                  to[2 * plane + c] = row[2] - row[1];
-                  to[3 * plane + c] = row[3] - row[1];
-                }
-                upper += 2 * channels;
-                lower += 2 * channels;
-                to += pitch;
-              }
-            });
+          for (int64_t j = 0; j < 4; ++j)
+            row[j] = Combine::of(upper[j * channels + c], lower[j * channels + c]);
+          to[0 * plane + c] = row[0] - row[2];
+          to[1 * plane + c] = row[1] + row[2];
+          to[2 * plane + c] = row[2] - row[1];
+          to[3 * plane + c] = row[3] - row[1];
+        }
+      });
 }
 
 // A row of A dY A^T, whose row of A dY is Combine of rows a and b.
 template <typename Combine>
 PREACT_INLINE void grad_row(const float* a, const float* b, int64_t tiles, int64_t channels,
                             const Transformed& out) {
-  const int64_t plane = out.plane, pitch = out.pitch;
-  in_pieces(channels, out,
-            [&](int64_t first, int64_t columns, float* __restrict to) PREACT_INLINE_BODY {
-              const float *upper = a + first, *lower = b + first;
-              for (int64_t t = 0; t < tiles; ++t) {
+  const int64_t plane = out.plane;
+  in_line(
+      a, b, tiles, channels, out, PREACT_TILE {
 #pragma omp simd
-                for (int64_t c = 0; c < columns; ++c) {
-                  const float left = Combine::of(upper[c], lower[c]);
-                  const float right = Combine::of(upper[channels + c], lower[channels + c]);
-                  to[0 * plane + c] = left;
-                  to[1 * plane + c] = left + right;
-                  to[2 * plane + c] = left - right;
-                  to[3 * plane + c] = right;
-                }
-                upper += 2 * channels;
-                lower += 2 * channels;
-                to += pitch;
-              }
-            });
+        for (int64_t c = 0; c < columns; ++c) {
+          const float left = Combine::of(upper[c], lower[c]);
+          const float right = Combine::of(upper[channels + c], lower[channels + c]);
+          to[0 * plane + c] = left;
+          to[1 * plane + c] = left + right;
+          to[2 * plane + c] = left - right;
+          to[3 * plane + c] = right;
+        }
+      });
 }
 
 // A row of A^T m A, whose row of A^T m is a + b + c, or a - b + c, of three rows of m.

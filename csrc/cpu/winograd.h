@@ -63,7 +63,7 @@ inline int64_t winograd_parts(const ConvShape& shape, const ImageShape& results)
   return std::clamp(tiles / at_once, kFewestParts, kMostParts);
 }
 
-// Values from one of the 16 planes to the next: an odd number of cache lines.
+// Values from one plane to the next: an odd number of cache lines.
 inline int64_t plane_of(int64_t values) {
   constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(float));
   return (ceil_div(values, kLine) | 1) * kLine;
