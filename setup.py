@@ -38,7 +38,7 @@ rule compile
   deps = gcc
 
 rule compile_cuda
-  command = {nvcc} {cuda_flags} -I{csrc} -MMD -MF $out.d -c $in -o $out
+  command = {nvcc} $flags -I{csrc} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 
@@ -82,6 +82,19 @@ class Cuda(NamedTuple):
         return f"built: nvcc {self.version} for {', '.join(self.architectures)}"
 
     @property
+    def has_sm90(self) -> bool:
+        """Whether the kernels of csrc/cuda/sm90 are built: they run on 9.0 alone."""
+        return "9.0a" in [a.removesuffix("+PTX") for a in self.architectures]
+
+    @property
+    def defines(self) -> list[str]:
+        return ["-DPREACT_CUDA", *(["-DPREACT_SM90"] if self.has_sm90 else [])]
+
+    @property
+    def flags_sm90(self) -> list[str]:
+        return [*CUDA_FLAGS, "-gencode=arch=compute_90a,code=sm_90a"]
+
+    @property
     def flags(self) -> list[str]:
         """Translating takes as long as assembling, so what is alike is translated once.
 
@@ -97,7 +110,7 @@ class Cuda(NamedTuple):
             if architecture.endswith("+PTX"):
                 of_translation.append(translated)
         flags = [f"-gencode=arch={arch},code=[{','.join(code)}]" for arch, code in codes.items()]
-        return [*CUDA_FLAGS, *flags]
+        return [*CUDA_FLAGS, *self.defines, *flags]
 
 
 def find_cuda() -> Cuda | str:
@@ -138,11 +151,12 @@ def ninja_file(sources: list[str], torch: Path, library: Path, cuda: Cuda | str)
     darwin = sys.platform == "darwin"
     # Named without a run-time path: fused_preact imports torch, which loads them, beforehand.
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    nvcc, cuda_flags = "nvcc", []
+    nvcc = "nvcc"
     if isinstance(cuda, Cuda):
-        nvcc, cuda_flags = quote(cuda.nvcc), cuda.flags
+        nvcc = quote(cuda.nvcc)
         longest, *others = sources  # to compile, of all
-        sources = [longest, *listed("sources_cuda.txt"), *others]
+        of_sm90 = listed("sources_sm90.txt") if cuda.has_sm90 else []
+        sources = [longest, *listed("sources_cuda.txt"), *of_sm90, *others]
         # The runtime is our own, so that no other version of it is needed or disturbed.
         libraries += [f"-L{cuda.libraries}", "-Wl,--exclude-libs,libcudart_static.a"]
         libraries += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -153,14 +167,17 @@ def ninja_file(sources: list[str], torch: Path, library: Path, cuda: Cuda | str)
         shared="-bundle -undefined dynamic_lookup" if darwin else "-shared -Wl,--no-as-needed",
         libraries=quote(*libraries),
         nvcc=nvcc,
-        cuda_flags=quote(*cuda_flags),
     )
     lines, objects = [rules], []
     for source in sources:
         objects.append(source.replace("/", "_") + ".o")
         rule = "compile_cuda" if source.endswith(".cu") else "compile"
         lines += [f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}"]
-        lines += [f"  includes = {includes(source, torch, cuda)}"]
+        if isinstance(cuda, Cuda) and rule == "compile_cuda":
+            flags = cuda.flags_sm90 if "/sm90/" in source else cuda.flags
+            lines += [f"  flags = {quote(*flags)}"]
+        else:
+            lines += [f"  includes = {includes(source, torch, cuda)}"]
     lines += [f"build {ninja_path(library)}: link {' '.join(objects)}"]
     return "\n".join(lines) + "\n"
 
@@ -169,7 +186,7 @@ def includes(source: str, torch: Path, cuda: Cuda | str) -> str:
     """Kernels see no header of torch's, and only python.cpp sees Python's."""
     if not source.startswith("csrc/torch/"):
         return ""
-    arguments = [TARGET_VERSION, *(["-DPREACT_CUDA"] if isinstance(cuda, Cuda) else [])]
+    arguments = [TARGET_VERSION, *(cuda.defines if isinstance(cuda, Cuda) else [])]
     folders = [torch / "include"]
     if source.endswith("/python.cpp"):
         import pybind11

@@ -12,6 +12,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 KERNELS = (CSRC / "sources_cuda.txt").read_text().split()
+KERNELS_SM90 = (CSRC / "sources_sm90.txt").read_text().split()  # for 9.0a alone
 ARCHITECTURES = {"80": "80", "90a": "80", "100": "100"}  # each: what setup.py translates it for
 FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Werror=all-warnings", "-Xptxas=-v", "-cubin"]
 
@@ -217,13 +218,18 @@ def known_architectures() -> list[str]:
 def compile_cubins(
     folder: Path, files: list[str], architectures: list[str]
 ) -> dict[tuple[str, str], tuple[Path, str]]:
-    """By architecture and file: the cubin, and what ptxas said. Raises where nvcc warns."""
+    """By architecture and file: the cubin, and what ptxas said. Raises where nvcc warns.
+
+    With sm_90a, its own kernels as well.
+    """
     jobs = [(a, f) for f in files for a in architectures]
+    jobs += [("90a", f) for f in KERNELS_SM90 if "90a" in architectures]
 
     def compile(job: tuple[str, str]) -> tuple[Path, str]:
         architecture, file = job
         cubin = folder / f"{Path(file).stem}.{architecture}.cubin"
-        code = f"-gencode=arch=compute_{ARCHITECTURES[architecture]},code=sm_{architecture}"
+        translated = "90a" if file in KERNELS_SM90 else ARCHITECTURES[architecture]
+        code = f"-gencode=arch=compute_{translated},code=sm_{architecture}"
         command = [nvcc(), *FLAGS, code, str(CSRC / file), "-o", str(cubin)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

@@ -8,67 +8,12 @@
 // The pixels of u with the same place in the stride's grid (its phase) are reached by the same
 // taps: each phase, blockIdx.z, is a convolution of stride 1 over dy.
 #include "conv_tiles.cuh"
+#include "epilogues.cuh"
+#include "sm90/warpgroups.h"
 
 namespace preact {
 namespace cuda {
 namespace {
-
-template <typename T, bool kSilu>
-struct DgradEpilogue {
-  Channels channels;
-  const T* addend;      // [M, C] or null
-  const T* input;       // u [M, C]
-  const float* affine;  // [4, C] or null: g = dh + addend
-  Activation activation;
-  bool frozen;
-  const T* residual;  // [M, C] or null
-  T* g;               // [M, C]
-
-  struct Read {
-    RawPiece<T> added, u;
-  };
-  struct Thread {
-    const DgradEpilogue& e;
-    int valid;
-    Affine bn;
-    PieceSums reduced;
-
-    PREACT_DEVICE Thread(const DgradEpilogue& e, int64_t channel)
-        : e(e), valid(e.channels.valid(channel)) {}
-    PREACT_DEVICE void begin_tile(int64_t channel) {
-      if (e.affine) bn = Affine(e.affine, e.channels, channel);
-    }
-    PREACT_DEVICE void read(int64_t offset, Read& read) const {
-      const bool vectors = e.channels.vectors;
-      if (e.addend) read.added = load_raw_piece(e.addend + offset, valid, vectors);
-      if (e.affine) read.u = load_raw_piece(e.input + offset, valid, vectors);
-    }
-    PREACT_DEVICE void store(int64_t offset, const Read& read, Piece& v) {
-      const bool vectors = e.channels.vectors;
-      if (e.addend) {
-        Piece added;
-        read.added.widen(added);
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j) v[j] += added[j];
-      }
-      if (!e.affine) return store_piece(e.g + offset, valid, vectors, v);
-      Piece u;
-      read.u.widen(u);
-      with_activation<kSilu>(e.activation, [&]<Activation kActivation>() {
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j) v[j] *= slope<kActivation>(bn.z(j, u[j]));
-      });
-      if (e.frozen) {
-        reduced.add(v, u, bn.mean);
-        end_frozen(e.residual, offset, valid, vectors, bn, v);
-        return store_piece(e.g + offset, valid, vectors, v);
-      }
-      store_piece(e.g + offset, valid, vectors, v);
-      round_piece<T>(v);
-      reduced.add(v, u, bn.mean);
-    }
-  };
-};
 
 template <typename T, class Tile>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_dgrad_kernel(
@@ -108,6 +53,9 @@ Axis most_of(int64_t input, int64_t output, int64_t kernel, int64_t stride, int6
 
 void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
   using namespace cuda;
+#ifdef PREACT_SM90
+  if (dgrad_by_warpgroups(runtime, op)) return;
+#endif
   const ConvShape s = flattened(op.shape);
   const int64_t images = s.input.images, c = s.input.channels, k = s.output.channels;
   const Axis rows =

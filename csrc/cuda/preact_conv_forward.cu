@@ -3,44 +3,12 @@
 // Reads u [M, C] once for each 64 to 256 output channels (from the cache after the first) with the
 // halo of its patches, the residual [M', K], the weights; writes y [M', K]. FLOPs 2*M'*K*C*R*S.
 #include "conv_tiles.cuh"
+#include "epilogues.cuh"
+#include "sm90/warpgroups.h"
 
 namespace preact {
 namespace cuda {
 namespace {
-
-template <typename T>
-struct ForwardEpilogue {
-  Channels channels;
-  const T* residual;  // [M', K] or null
-  T* output;          // [M', K]
-
-  struct Read {
-    RawPiece<T> added;
-  };
-  struct Thread {
-    const ForwardEpilogue& e;
-    int valid;
-    PieceMoments reduced;
-
-    PREACT_DEVICE Thread(const ForwardEpilogue& e, int64_t channel)
-        : e(e), valid(e.channels.valid(channel)) {}
-    PREACT_DEVICE void begin_tile(int64_t) {}
-    PREACT_DEVICE void read(int64_t offset, Read& read) const {
-      if (e.residual) read.added = load_raw_piece(e.residual + offset, valid, e.channels.vectors);
-    }
-    PREACT_DEVICE void store(int64_t offset, const Read& read, Piece& v) {
-      if (e.residual) {
-        Piece added;
-        read.added.widen(added);
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j) v[j] += added[j];
-      }
-      store_piece(e.output + offset, valid, e.channels.vectors, v);
-      round_piece<T>(v);
-      reduced.add(v);
-    }
-  };
-};
 
 template <typename T, class Tile>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_forward_kernel(
@@ -66,6 +34,9 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_for
 
 void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op) {
   using namespace cuda;
+#ifdef PREACT_SM90
+  if (forward_by_warpgroups(runtime, op)) return;
+#endif
   const ConvShape s = flattened(op.shape);
   const int64_t images = s.input.images, c = s.input.channels, k = s.output.channels;
   const Axis rows = forward_axis(s.input.height, s.output.height, 0,

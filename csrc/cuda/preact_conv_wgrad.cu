@@ -12,6 +12,7 @@
 // 256 inputs of a 1x1. Up to 32 by 32 channels have three rows and a tile of their own.
 // add_splits() adds the splits up, in a fixed order.
 #include "conv.cuh"
+#include "sm90/warpgroups.h"
 
 namespace preact {
 namespace cuda {
@@ -336,6 +337,9 @@ void choose_tile(const CudaRuntime& runtime, const PreactConvWgrad& op) {
 }  // namespace cuda
 
 void preact_conv_wgrad(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+#ifdef PREACT_SM90
+  if (cuda::wgrad_by_warpgroups(runtime, op)) return;
+#endif
   cuda::dispatch_conv_dtype(op, [&]<typename T>() {
     if (op.shape.kernel_width == 1)
       cuda::choose_tile_of_1x1<T>(runtime, op);

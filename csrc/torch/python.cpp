@@ -10,6 +10,9 @@
 #include <optional>
 #include <string>
 
+#ifdef PREACT_SM90
+#include "../cuda/sm90/warpgroups.h"
+#endif
 #include "runtime.h"
 
 namespace {
@@ -54,6 +57,12 @@ PYBIND11_MODULE(_C, module) {
              "Whether the CPU kernels multiply bfloat16 as it is, else as float32.");
   module.def("use_tile_provider", &preact::use_tile_provider, pybind11::arg("name"),
              "Take one of tile_providers() for the rest of this process.");
+#ifdef PREACT_SM90
+  module.def(
+      "use_warpgroups", &preact::cuda::use_warpgroups, pybind11::arg("use"),
+      "On GPUs of compute capability 9.0, whether convolutions in 16 bits multiply with wgmma "
+      "where they can, for the rest of this process.");
+#endif
   module.def("cuda_unavailable", &cuda_unavailable,
              "Why no CUDA kernel can run here, or None where they can.");
 }

@@ -4,14 +4,24 @@ import re
 import subprocess
 
 import pytest
-from machine_code import CSRC, FLAGS, KERNELS, cuobjdump, known_architectures, nvcc, read_kernels
+from machine_code import (
+    CSRC,
+    FLAGS,
+    KERNELS,
+    KERNELS_SM90,
+    cuobjdump,
+    known_architectures,
+    nvcc,
+    read_kernels,
+)
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
 
 
 def test_sources_are_listed_once():
-    assert sorted(KERNELS) == sorted(f"cuda/{path.name}" for path in (CSRC / "cuda").glob("*.cu"))
+    for kernels, folder in ((KERNELS, "cuda"), (KERNELS_SM90, "cuda/sm90")):
+        assert sorted(kernels) == sorted(f"{folder}/{p.name}" for p in (CSRC / folder).glob("*.cu"))
 
 
 def test_no_kernel_spills(kernels):
@@ -21,12 +31,16 @@ def test_no_kernel_spills(kernels):
     share a multiprocessor two by two: a few numbers.
     """
     for (architecture, file), instances in kernels.items():
-        assert bool(instances) == (file != "cuda/device.cu"), file
+        no_kernels = ("cuda/device.cu", "cuda/sm90/use_warpgroups.cu")
+        assert bool(instances) == (file not in no_kernels), file
         for kernel in instances:
             largest = re.match(r"preact_conv_dgrad_.*<(128, 4|256, 2),", kernel.name)
             if architecture == "80" and largest:
                 continue
             most = 64 if re.match(r"preact_conv_forward_.*<128, 1, 16>", kernel.name) else 0
+            # whose epilogue keeps BatchNorm's vectors and sums beside half of the product
+            most = 512 if kernel.name.startswith("dgrad_by_warpgroups") else most
+            most = 128 if kernel.name.startswith("wgrad_by_warpgroups") else most
             assert max(kernel.stack_bytes, kernel.spill_bytes) <= most, (
                 f"{architecture} {kernel.name}"
             )
@@ -51,6 +65,31 @@ def test_convolutions_run_on_tensor_cores(kernels, file):
                 assert "HMMA" not in found, f"sm_{architecture} {kernel.name}"
 
 
+SM90 = [file for file in KERNELS_SM90 if "_by_" in file]
+needs_sm90a = pytest.mark.skipif(
+    nvcc() is None or "90a" not in known_architectures(), reason="this nvcc knows no sm_90a"
+)
+
+
+@needs_sm90a
+@pytest.mark.parametrize("file", SM90)
+def test_warpgroups_share_the_registers_of_their_launch(kernels, file):
+    """Two blocks of 384 threads, or one of 512: with fewer they would wait for ever for more."""
+    for kernel in kernels["90a", file]:
+        slim = "GroupTile<1, 64" in kernel.name
+        assert kernel.registers == (80 if slim else 128), kernel.name
+
+
+@needs_cuobjdump
+@needs_sm90a
+@pytest.mark.parametrize("file", SM90)
+def test_warpgroups_multiply_by_wgmma(kernels, file):
+    """HGMMA, between barriers in shared memory and with registers shared out anew, and no HMMA."""
+    for kernel in kernels["90a", file]:
+        found = {i.name for i in kernel.instructions}
+        assert {"HGMMA", "SYNCS", "USETMAXREG"} <= found and "HMMA" not in found, kernel.name
+
+
 @needs_cuobjdump
 def test_pieces_move_in_one_instruction(kernels):
     """16 bytes at a time: every kernel that has pieces loads and stores them whole."""
@@ -68,9 +107,7 @@ def test_pieces_move_in_one_instruction(kernels):
 
 
 @needs_cuobjdump
-@pytest.mark.skipif(
-    nvcc() is None or "90a" not in known_architectures(), reason="this nvcc knows no sm_90a"
-)
+@needs_sm90a
 @pytest.mark.parametrize("file", ["cuda/preact_conv_dgrad.cu", "cuda/residual_grad.cu"])
 def test_hopper_has_the_same_code_from_the_oldest_translation(kernels, file, tmp_path):
     """As setup.py has it: up to 9.0 everything is translated once, for the oldest."""

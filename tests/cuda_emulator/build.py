@@ -40,6 +40,7 @@ def build(
         f"-I{CSRC / 'cuda'}",
         f"-I{CSRC}",
         f"-DPREACT_EMULATOR={namespace}",
+        "-DPREACT_SM90",
     ]
     torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem"]
     torch_flags += [str(Path(torch.__file__).parent / "include")]
@@ -53,7 +54,7 @@ def build(
         return object_file
 
     # device.cu asks the driver what it is; there is none here.
-    kernels = [source for source in cuda.glob("*.cu") if source.name != "device.cu"]
+    kernels = [source for source in cuda.rglob("*.cu") if source.name != "device.cu"]
     kernels.sort(key=lambda source: -source.stat().st_size)  # what takes longest begins first
     own = OWN if reuse is None else [HERE / "register.cpp"]  # it alone knows the namespace
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
@@ -74,9 +75,11 @@ def broken(folder: Path, kernel: str, before: str, after: str, file: str | None 
     cuda.mkdir()
     for header in CSRC.glob("*.h"):
         shutil.copy(header, folder)
-    for source in [*(CSRC / "cuda").glob("*.cuh"), CSRC / "cuda" / "bn_affine.cu"]:
-        shutil.copy(source, cuda)
-    shutil.copy(CSRC / "cuda" / kernel, cuda)
+    headers = [*(CSRC / "cuda").rglob("*.cuh"), *(CSRC / "cuda").rglob("*.h")]
+    for source in [*headers, CSRC / "cuda" / "bn_affine.cu", CSRC / "cuda" / kernel]:
+        copy = cuda / source.relative_to(CSRC / "cuda")
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(source, copy)
     target = cuda / (file or kernel)
     text = target.read_text()
     assert text.count(before) == 1, target.name

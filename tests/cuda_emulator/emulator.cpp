@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -27,6 +28,10 @@ struct Copy {
   void* to;
   const void* from;
 };
+struct Write {
+  void* to;
+  preact::cuda::Bytes16 bytes;
+};
 
 using Place = void* [5];  // of __builtin_setjmp()
 
@@ -37,8 +42,11 @@ struct Fiber {
   bool begun = false;
   Index index;
   bool done = false;
-  std::vector<Copy> copies;              // begun, not yet there, of no group yet
-  std::deque<std::vector<Copy>> groups;  // likewise, the oldest first
+  std::vector<Copy> copies;                     // begun, not yet there, of no group yet
+  std::deque<std::vector<Copy>> groups;         // likewise, the oldest first
+  std::vector<Write> writes;                    // that products do not see yet
+  std::vector<std::function<void()>> products;  // of no group yet
+  std::deque<std::vector<std::function<void()>>> committed;  // not done, the oldest group first
   Recorded recorded;
   std::vector<Accessed> accessed;
 };
@@ -53,6 +61,7 @@ std::mt19937_64 order(1);
 std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block, for their stacks
 std::vector<Warp> warps;
 std::vector<int> ready;
+std::map<const void*, std::vector<int>> sleeping;  // by what they wait for
 int threads, waiting, self = 0;
 Place scheduler;
 unsigned char* shared_bytes_begin;
@@ -142,12 +151,16 @@ void run_block(const char* name) {
   ready.clear();
   waiting = 0;
   warps.assign(threads / 32, {});
+  sleeping.clear();
   for (int t = 0; t < threads; ++t) {
     if (static_cast<int>(fibers.size()) <= t) fibers.push_back(new_fiber(t));
     Fiber& fiber = *fibers[t];
     fiber.done = false;
     fiber.copies.clear();
     fiber.groups.clear();
+    fiber.writes.clear();
+    fiber.products.clear();
+    fiber.committed.clear();
     fiber.recorded = {};
     fiber.accessed.clear();
     ready.push_back(t);
@@ -163,6 +176,11 @@ void run_block(const char* name) {
     done += fibers[self]->done;
   }
   for (int warp = 0; warp < threads / 32 && error.empty(); ++warp) count_warp(warp);
+  size_t asleep = 0;
+  for (const auto& [barrier, waiting_here] : sleeping) asleep += waiting_here.size();
+  if (error.empty() && asleep > 0)
+    error = "barriers that " + std::to_string(asleep) + " of " + std::to_string(threads) +
+            " threads wait for in vain";
   if (error.empty() && done < threads)
     error = "a barrier that " + std::to_string(waiting) + " of " + std::to_string(threads) +
             " threads reached";
@@ -224,6 +242,42 @@ void finish_copies(int newest) {
   auto& groups = fibers[self]->groups;
   for (; std::ssize(groups) > newest; groups.pop_front())
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+}
+
+void write_later(void* to, const void* bytes16) {
+  Write write{to, {}};
+  std::memcpy(&write.bytes, bytes16, 16);
+  fibers[self]->writes.push_back(write);
+}
+void finish_writes() {
+  for (const Write& write : fibers[self]->writes) std::memcpy(write.to, &write.bytes, 16);
+  fibers[self]->writes.clear();
+}
+
+void multiply_later(std::function<void()> product) {
+  if (!recording) fibers[self]->products.push_back(std::move(product));
+}
+void end_products() {
+  Fiber& fiber = *fibers[self];
+  fiber.committed.push_back(std::move(fiber.products));
+  fiber.products.clear();
+  if (order() % 2) finish_products(0);  // at once: a group that is done is one that has no products
+}
+void finish_products(int newest) {
+  auto& groups = fibers[self]->committed;
+  for (; std::ssize(groups) > newest; groups.pop_front())
+    for (const auto& product : groups.front()) product();
+}
+
+void sleep(const void* barrier) {
+  sleeping[barrier].push_back(self);
+  yield();
+}
+void wake(const void* barrier) {
+  const auto found = sleeping.find(barrier);
+  if (found == sleeping.end()) return;
+  ready.insert(ready.end(), found->second.begin(), found->second.end());
+  sleeping.erase(found);
 }
 
 void count_recorded(int what) { ++fibers[self]->recorded.counts[what]; }

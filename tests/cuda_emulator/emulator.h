@@ -52,7 +52,14 @@ unsigned char* shared();
 void copy_later(void* shared, const void* global);
 void end_group();                // of copies
 void finish_copies(int newest);  // of all groups but these
+void write_later(void* shared, const void* bytes16);
+void finish_writes();
+void multiply_later(std::function<void()> product);
+void end_products();               // of a group
+void finish_products(int newest);  // of all groups but these
 void check_aligned(const void* p, const char* what);
+void sleep(const void* barrier);  // until somebody calls wake(barrier)
+void wake(const void* barrier);
 
 // An instruction of a whole warp: `mine` are this lane's operands, all() runs once, with every
 // lane's. Lanes that meet at different instructions are an error.

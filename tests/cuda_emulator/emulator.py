@@ -104,19 +104,25 @@ class Emulator:
         counts.points = [Point(place, *row[1:]) for place, row in zip(places, rows, strict=True)]
 
     @contextmanager
-    def device(self, multiprocessors: int, most_shared_bytes: int) -> Iterator[None]:
-        """Launches inside are those for such a device."""
-        self._controls.emulator_device(multiprocessors, ctypes.c_int64(most_shared_bytes))
+    def device(
+        self, multiprocessors: int, most_shared_bytes: int, *, warpgroups: bool = False
+    ) -> Iterator[None]:
+        """Launches inside are those for such a device; warpgroups: of compute capability 9.0."""
+        shared = ctypes.c_int64(most_shared_bytes)
+        self._controls.emulator_device(multiprocessors, shared, int(warpgroups))
         try:
             yield
         finally:
-            self._controls.emulator_device(0, ctypes.c_int64(0))
+            self._controls.emulator_device(0, ctypes.c_int64(0), 0)
 
     @contextmanager
-    def recording(self, multiprocessors: int, most_shared_bytes: int) -> Iterator[list[Launch]]:
+    def recording(
+        self, multiprocessors: int, most_shared_bytes: int, *, warpgroups: bool = False
+    ) -> Iterator[list[Launch]]:
         """Launches as on such a device. None is run: tensors are not touched."""
         launches: list[Launch] = []
-        with self.device(multiprocessors, most_shared_bytes), self._recorded():
+        device = self.device(multiprocessors, most_shared_bytes, warpgroups=warpgroups)
+        with device, self._recorded():
             yield launches
             for line in self._lines("emulator_launches"):
                 place, x, y, z, threads, shared_bytes, *counts = map(int, line.split())

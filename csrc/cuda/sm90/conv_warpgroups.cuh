@@ -1,0 +1,397 @@
+// The kernel body of convolutions that multiply with wgmma, in 16 bits: tiles of positions on a
+// line (line.cuh) by 64 or 128 channels.
+//
+// Warps have roles. Source warps load what a tile reads, transform it once, and store it where
+// every tap finds it: a window, in planes of eight channels, one 16-byte row for each position.
+// Eight rows are a core matrix wherever they begin, so that a tap is an address. Weight warps copy
+// weights, likewise in planes. Two warpgroups multiply, each its own positions, and store results.
+// Windows and weights lie in rings of slots; of each slot one barrier says that it is full, one
+// that it is empty, and nobody waits for anybody else.
+#pragma once
+
+#include "window.cuh"
+
+namespace preact::cuda {
+
+constexpr int kMostChunk = 64;     // source channels of a step
+constexpr int kSourceSlots = 2;    // windows
+constexpr int kWeightSlots = 4;    // steps of weights, where not all of them stay
+constexpr int kMostResident = 16;  // steps of weights that stay
+constexpr int64_t kResidentWeights = 96 * 1024;
+constexpr int kWeightsBehind = 2;  // steps whose copies are under way while others are begun
+static_assert(kWeightsBehind < kWeightSlots);
+
+// Two warpgroups multiply kBlocks times 64 positions each, and store kChannels channels.
+template <int kBlocks_, int kChannels_, int kSourceWarps_, int kWeightWarps_, int kResident_,
+          int kRegisters_, int kOtherRegisters_>
+struct GroupTile {
+  static constexpr int kBlocks = kBlocks_, kChannels = kChannels_;
+  static constexpr int kWarps = 2 * kWarpgroup / 32;  // that multiply
+  static constexpr int kSourceWarps = kSourceWarps_, kWeightWarps = kWeightWarps_;
+  static constexpr int kSourceThreads = 32 * kSourceWarps, kWeightThreads = 32 * kWeightWarps;
+  static constexpr int kThreads = 32 * (kWarps + kSourceWarps + kWeightWarps);
+  static_assert(kThreads % kWarpgroup == 0);
+  static constexpr int kPixels = 2 * kBlocks * kProductRows;
+  static constexpr int kResident = kResident_;  // blocks of a multiprocessor
+  // Of a warp, the results that are on their way, in a pitch with which neither the products'
+  // layout nor pieces meet in a bank. In the end a warp's sums for the reduction lie there.
+  static constexpr int kStageRows = 1024 / kChannels;
+  static constexpr int kStagePitch = kChannels + kChannels / 32 * 4 + (kChannels == 64 ? 0 : 8);
+  static constexpr int kStageBytes = kStageRows * kStagePitch * 4;
+  // Of a thread that multiplies and of one that does not.
+  static constexpr int kRegisters = kRegisters_, kOtherRegisters = kOtherRegisters_;
+  static_assert(registers_suffice(kThreads, kResident, 32 * kWarps, kRegisters, kOtherRegisters));
+  static constexpr int64_t kReduceBytes =
+      reduce_floats(Moments::kValues, kThreads / (kChannels / kPiece), kChannels, kThreads) *
+      static_cast<int64_t>(sizeof(float));
+};
+using SlimGroups = GroupTile<1, 64, 3, 1, 2, 88, 64>;
+using WideGroups = GroupTile<2, 128, 6, 2, 1, 184, 72>;
+
+__host__ __device__ constexpr int group_column(int c) { return c + c / 32 * 4; }
+
+struct GroupBarriers {
+  Barrier source_full[kSourceSlots], source_empty[kSourceSlots];
+  Barrier weights_full[kMostResident], weights_empty[kMostResident];
+};
+constexpr int kBarrierBytes = 512;
+static_assert(sizeof(GroupBarriers) <= kBarrierBytes);
+
+// Shared memory, in bytes from its start, behind the barriers.
+struct GroupLayout {
+  int source, source_slot, source_plane;
+  int weights, weight_slot, weight_plane;
+  int stages;
+  int64_t total;
+};
+
+struct GroupTiling {
+  Line line;
+  int kernel;  // rows and columns
+  int tiles;   // of positions
+  int source_count, result_count;
+  int chunk_pieces;  // 2, 4 or 8: a step has as many pieces of source channels
+  int chunks;
+  int weight_slots;  // of steps; all steps of a tile if `resident`
+  bool resident;
+  GroupLayout shared;
+
+  __host__ __device__ int chunk() const { return chunk_pieces * kPiece; }
+  __host__ __device__ int taps() const { return kernel * kernel; }
+  // Positions of a window, whose first is halo() before the tile's.
+  template <class Tile>
+  __host__ __device__ int window() const {
+    return Tile::kPixels + 2 * line.halo();
+  }
+  // Pieces of channels of a chunk that are multiplied: what is beyond the last channel is zero.
+  __host__ __device__ int live_pieces(int chunk_index) const {
+    const int left = (source_count - chunk_index * chunk() + kProductDepth - 1) / kProductDepth * 2;
+    return left < chunk_pieces ? left : chunk_pieces;
+  }
+};
+
+// Weights of a step: forward, chunk() channels of kChannels filters; dgrad, kChannels channels of
+// chunk() filters.
+template <bool kDgrad, class Tile>
+__host__ __device__ constexpr int weight_rows(const GroupTiling& t) {
+  return kDgrad ? t.chunk() : Tile::kChannels;
+}
+template <bool kDgrad, class Tile>
+__host__ __device__ constexpr int weight_pieces(const GroupTiling& t) {
+  return kDgrad ? Tile::kChannels / kPiece : t.chunk_pieces;
+}
+
+template <bool kDgrad, class Tile>
+GroupTiling tile_line(const ConvShape& shape, int64_t source_channels, int64_t result_channels) {
+  GroupTiling t{};
+  t.line = line_of(shape);
+  t.kernel = static_cast<int>(shape.kernel_height);
+  t.tiles = static_cast<int>(ceil_div(positions_of(shape), Tile::kPixels));
+  t.source_count = static_cast<int>(source_channels);
+  t.result_count = static_cast<int>(result_channels);
+  t.chunk_pieces = source_channels <= 16 ? 2 : source_channels <= 32 ? 4 : kMostChunk / kPiece;
+  t.chunks = static_cast<int>(ceil_div(source_channels, t.chunk()));
+
+  GroupLayout& at = t.shared;
+  const int pieces = weight_pieces<kDgrad, Tile>(t);
+  at.weight_plane = plane_bytes(weight_rows<kDgrad, Tile>(t), pieces);
+  at.weight_slot = at.weight_plane * pieces;
+  const int steps = t.chunks * t.taps();
+  t.resident = steps <= kMostResident && int64_t{steps} * at.weight_slot <= kResidentWeights;
+  t.weight_slots = t.resident ? steps : kWeightSlots;
+  at.source_plane = plane_bytes(t.window<Tile>(), t.chunk_pieces);
+  at.source_slot = at.source_plane * t.chunk_pieces;
+
+  at.stages = kBarrierBytes;
+  const int64_t source = at.stages + Tile::kWarps * Tile::kStageBytes;
+  const int64_t weights = source + int64_t{kSourceSlots} * at.source_slot;
+  at.source = static_cast<int>(source);
+  at.weights = static_cast<int>(weights);
+  // The reduction comes when nobody needs the rest any more.
+  at.total = std::max<int64_t>(weights + int64_t{t.weight_slots} * at.weight_slot,
+                               at.stages + Tile::kReduceBytes);
+  return t;
+}
+
+// What a block works on.
+struct GroupWork {
+  const GroupTiling& t;
+  GroupBarriers& barriers;
+  int first_channel;  // of the results
+  int first, step;    // tiles
+
+  PREACT_DEVICE unsigned char* window(int slot) const {
+    return shared_memory() + t.shared.source + slot * t.shared.source_slot;
+  }
+  PREACT_DEVICE unsigned char* weights(int slot) const {
+    return shared_memory() + t.shared.weights + slot * t.shared.weight_slot;
+  }
+};
+
+// Windows of a block's tiles; `thread` counts those with this role.
+template <typename T, class Tile, class Source>
+PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int thread) {
+  const GroupTiling& t = work.t;
+  const LineDivisors by(t.line);
+  Ring ring;
+  for (int tile = work.first; tile < t.tiles; tile += work.step) {
+    const Run run(t.line, tile * Tile::kPixels - t.line.halo());
+    for (int chunk = 0; chunk < t.chunks; ++chunk, ring.advance(kSourceSlots)) {
+      barrier_wait(&work.barriers.source_empty[ring.slot], ring.phase ^ 1);
+      fill_window<T, Tile::kSourceThreads>(source, run, by, t.window<Tile>(), chunk * t.chunk(),
+                                           t.chunk_pieces, t.live_pieces(chunk),
+                                           work.window(ring.slot), t.shared.source_plane, thread);
+      warp_arrives(&work.barriers.source_full[ring.slot]);
+    }
+  }
+}
+
+// Weights of all steps, once if they stay, else for every tile.
+template <typename T, bool kDgrad, class Tile>
+PREACT_DEVICE void fill_weights(const GroupWork& work, const Weight& weight, int thread) {
+  const GroupTiling& t = work.t;
+  const int pieces = weight_pieces<kDgrad, Tile>(t), rows = weight_rows<kDgrad, Tile>(t);
+  const int piece = thread % pieces, first = thread / pieces, step = Tile::kWeightThreads / pieces;
+  Ring ring, full;
+  int begun = 0;
+  const auto arrive = [&] {
+    operands_written();
+    warp_arrives(&work.barriers.weights_full[full.slot]);
+    full.advance(t.weight_slots);
+  };
+  for (int tile = work.first; tile < t.tiles; tile += work.step) {
+    for (int chunk = 0; chunk < t.chunks; ++chunk)
+      for (int r = 0; r < t.kernel; ++r)
+        for (int s = 0; s < t.kernel; ++s, ring.advance(t.weight_slots)) {
+          if (!t.resident) barrier_wait(&work.barriers.weights_empty[ring.slot], ring.phase ^ 1);
+          const int first_row = kDgrad ? chunk * t.chunk() : work.first_channel;
+          const int column = (kDgrad ? work.first_channel : chunk * t.chunk()) + piece * kPiece;
+          const int rows_left = (kDgrad ? t.source_count : t.result_count) - first_row;
+          const bool there = column < (kDgrad ? t.result_count : t.source_count);
+          // The gradient of the source takes the kernel backwards.
+          const int row_tap = kDgrad ? t.kernel - 1 - r : r, tap = kDgrad ? t.kernel - 1 - s : s;
+          const T* const from = static_cast<const T*>(weight.data) + row_tap * weight.stride_r +
+                                tap * weight.stride_s + first_row * weight.stride_k;
+          const SharedAddress to =
+              shared_address(work.weights(ring.slot) + piece * t.shared.weight_plane);
+#pragma unroll 4
+          for (int row = first; row < rows; row += step) {
+            const bool copied = there && row < rows_left;
+            copy16(to + row * kCoreRow, from + (copied ? row * weight.stride_k + column : 0),
+                   copied);
+          }
+          copies_commit();
+          if (++begun <= kWeightsBehind) continue;
+          copies_wait(kWeightsBehind);
+          arrive();
+        }
+    if (t.resident) break;
+  }
+  copies_wait(0);
+  for (int i = begun < kWeightsBehind ? begun : kWeightsBehind; i > 0; --i) arrive();
+}
+
+// A thread's sums for the reduction on their way through its warp's stage: from where it has many
+// registers to where all threads have as many.
+template <class Sums>
+PREACT_DEVICE void park(const Sums& sums, float* stage) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Sums) / sizeof(float)); ++i)
+    store_shared(stage + i * 32 + threadIdx.x % 32, reinterpret_cast<const float*>(&sums)[i]);
+}
+template <class Sums>
+PREACT_DEVICE Sums parked(const float* stage) {
+  Sums sums;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Sums) / sizeof(float)); ++i)
+    reinterpret_cast<float*>(&sums)[i] = load_shared(stage + i * 32 + threadIdx.x % 32);
+  return sums;
+}
+
+// Multiplies and stores a block's tiles, as a warp that multiplies.
+template <typename T, bool kDgrad, class Tile, class Epilogue>
+PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
+                                  const Epilogue& epilogue, float* stage, int row, int rows,
+                                  int column) {
+  constexpr int kBlocks = Tile::kBlocks, kSums = Tile::kChannels / 2;
+  // Rows that are read at once, where registers are left for it.
+  constexpr int kReads = kDgrad ? 1 : 2;
+  constexpr int kHalves = Tile::kStageRows / 8;  // of 16 rows of the sums, at once in the stage
+  const GroupTiling& t = work.t;
+  const int warp = warp_number(), lane = static_cast<int>(threadIdx.x) % 32;
+  const int group_position = warp / 4 * kBlocks * kProductRows;
+  const int my_channel = work.first_channel + column * kPiece;
+  typename Epilogue::Thread mine(epilogue, my_channel);
+  const LineDivisors by(t.line);
+  Ring windows, weights;
+  for (int tile = work.first; tile < t.tiles; tile += work.step) {
+    float sums[kBlocks][kSums] = {};
+    Barrier *weights_before = nullptr, *window_before = nullptr;
+    const auto release = [&] {
+      if (weights_before) warp_arrives(weights_before);
+      if (window_before) warp_arrives(window_before);
+      weights_before = window_before = nullptr;
+    };
+    bool add = false;
+    for (int chunk = 0; chunk < t.chunks; ++chunk, windows.advance(kSourceSlots)) {
+      barrier_wait(&work.barriers.source_full[windows.slot], windows.phase);
+      const int depth = t.live_pieces(chunk) / 2;
+      for (int r = 0; r < t.kernel; ++r)
+        for (int s = 0; s < t.kernel; ++s, weights.advance(t.weight_slots)) {
+          barrier_wait(&work.barriers.weights_full[weights.slot], t.resident ? 0 : weights.phase);
+          const int position = group_position + t.line.halo() + t.line.tap(r, s);
+          const Operand a(work.window(windows.slot) + position * kCoreRow, t.shared.source_plane,
+                          kCore);
+          const Operand b(work.weights(weights.slot), kDgrad ? kCore : t.shared.weight_plane,
+                          kDgrad ? t.shared.weight_plane : kCore);
+#pragma unroll 1
+          for (int k = 0; k < depth; ++k, add = true) {
+            products_begin();
+            const Operand b_k = b.moved(k * (kDgrad ? 2 * kCore : 2 * t.shared.weight_plane));
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i)
+              warpgroup_multiply<false, kDgrad>(
+                  sums[i], a.moved(2 * k * t.shared.source_plane + i * kProductRows * kCoreRow),
+                  b_k, add, T{});
+          }
+          products_commit();
+          products_wait<1>();
+          release();
+          if (!t.resident) weights_before = &work.barriers.weights_empty[weights.slot];
+          if (r == t.kernel - 1 && s == t.kernel - 1)
+            window_before = &work.barriers.source_empty[windows.slot];
+        }
+    }
+    products_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) products_done(sums[i]);
+    release();
+
+    const Run run(t.line, tile * Tile::kPixels + group_position + warp % 4 * 16);
+    mine.begin_tile(my_channel);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+      for (int h0 = 0; h0 < 2; h0 += kHalves) {
+        __syncwarp();  // the rows before have been read
+#pragma unroll
+        for (int h = h0; h < h0 + kHalves; ++h)
+#pragma unroll
+          for (int j = 0; j < kSums / 4; ++j)
+            store_shared(
+                reinterpret_cast<float2*>(stage + (8 * (h - h0) + lane / 4) * Tile::kStagePitch +
+                                          group_column(8 * j) + lane % 4 * 2),
+                make_float2(sums[i][4 * j + 2 * h], sums[i][4 * j + 2 * h + 1]));
+        __syncwarp();
+        if (row >= rows) continue;
+#pragma unroll 1
+        for (int at = row; at < Tile::kStageRows; at += kReads * rows) {
+          int64_t starts[kReads];
+          typename Epilogue::Read reads[kReads];
+#pragma unroll
+          for (int j = 0; j < kReads; ++j) {
+            const int of_stage = at + j * rows;
+            const int pixel = of_stage < Tile::kStageRows
+                                  ? run.pixel(i * kProductRows + 8 * h0 + of_stage, by)
+                                  : -1;
+            starts[j] = pixel < 0 ? int64_t{-1} : pixel * result.count + my_channel;
+            if (pixel >= 0) mine.read(starts[j], reads[j]);
+          }
+#pragma unroll
+          for (int j = 0; j < kReads; ++j) {
+            if (starts[j] < 0) continue;
+            Piece v;
+            read_piece(stage + (at + j * rows) * Tile::kStagePitch + group_column(column * kPiece),
+                       v);
+            mine.store(starts[j], reads[j], v);
+          }
+        }
+      }
+  }
+  __syncwarp();
+  static_assert(sizeof(mine.reduced) * 32 <= Tile::kStageBytes);
+  park(mine.reduced, stage);
+}
+
+// Runs the tiles of one block; Source, Epilogue and reduced() are those of conv_tiles().
+template <typename T, bool kDgrad, class Tile, class Source, class Epilogue, typename Reduced>
+PREACT_DEVICE void conv_warpgroups(const GroupTiling& t, Source source, const Weight& weight,
+                                   Epilogue epilogue, const ReductionMemory& memory,
+                                   const Reduced& reduced) {
+  // As the host has made sure; known here, it spares the code of single numbers.
+  source.channels.vectors = epilogue.channels.vectors = true;
+  const Channels& result = epilogue.channels;
+  const int thread = static_cast<int>(threadIdx.x), warp = warp_number(), lane = thread % 32;
+  const int tiles_across = (t.result_count + Tile::kChannels - 1) / Tile::kChannels;
+  const int group = static_cast<int>(blockIdx.x) % tiles_across;
+  const int block = static_cast<int>(blockIdx.x) / tiles_across;
+  const int blocks = static_cast<int>(gridDim.x) / tiles_across;
+  const GroupWork work{t, *reinterpret_cast<GroupBarriers*>(shared_memory()),
+                       group * Tile::kChannels, block, blocks};
+  if (thread == 0) {
+    for (int i = 0; i < kSourceSlots; ++i) {
+      barrier_begin(&work.barriers.source_full[i], Tile::kSourceWarps);
+      barrier_begin(&work.barriers.source_empty[i], Tile::kWarps);
+    }
+    for (int i = 0; i < t.weight_slots; ++i) {
+      barrier_begin(&work.barriers.weights_full[i], Tile::kWeightWarps);
+      barrier_begin(&work.barriers.weights_empty[i], Tile::kWarps);
+    }
+  }
+  __syncthreads();
+
+  const int channels_left = t.result_count - work.first_channel;
+  const int live_pieces =
+      (channels_left < Tile::kChannels ? channels_left : Tile::kChannels) / kPiece;
+  const int column = lane % live_pieces, row = lane / live_pieces, rows = 32 / live_pieces;
+  float* const stage =
+      reinterpret_cast<float*>(shared_memory() + t.shared.stages + warp * Tile::kStageBytes);
+  if (warp < Tile::kWarps) {
+    take_registers<Tile::kRegisters>();
+    multiply_tiles<T, kDgrad, Tile>(work, result, epilogue, stage, row, rows, column);
+  } else {
+    give_registers<Tile::kOtherRegisters>();
+    if (warp < Tile::kWarps + Tile::kSourceWarps)
+      fill_windows<T, Tile>(work, source, thread - 32 * Tile::kWarps);
+    else
+      fill_weights<T, kDgrad, Tile>(work, weight,
+                                    thread - 32 * (Tile::kWarps + Tile::kSourceWarps));
+  }
+
+  if (!memory.partial) return;
+  const Reduction reduction{memory.partial,
+                            memory.tickets + group * tickets_of(blocks),
+                            result.count,
+                            blocks,
+                            block,
+                            work.first_channel,
+                            live_pieces * kPiece};
+  const int all_rows = Tile::kWarps * rows;
+  const bool has_sums = warp < Tile::kWarps && row < rows;
+  decltype(Epilogue::Thread::reduced) mine;
+  if (has_sums) mine = parked<decltype(mine)>(stage);
+  reduce(reduction, mine, column, has_sums ? warp * rows + row : all_rows, all_rows,
+         reinterpret_cast<float*>(shared_memory() + t.shared.stages), reduced);
+}
+
+}  // namespace preact::cuda

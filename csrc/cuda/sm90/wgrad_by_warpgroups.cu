@@ -1,0 +1,205 @@
+// preact_conv_wgrad by wgmma:
+//   dW[k, c, r, s] = sum over pixels of dy[p, k] * h[p at tap (r, s), c],
+//   dy = scale' * g' + B' * (u' - mean') + C' of the layer above, h = act(scale * (u - mean) +
+//   shift).
+// Reads g', u' [M, K] once for each 64 or 128 input channels, u [M, C] once for each 64 or 128
+// output channels with the halo of its tiles (from the cache after the first), writes `splits`
+// partial results of K*C*R*S floats. FLOPs 2*M*K*C*R*S.
+//
+// The products sum over positions of the line, where dy is zero wherever there is no pixel: a tap
+// of h is the same window, begun elsewhere. A warpgroup has a row of a 3x3 kernel, its three taps
+// of 64 outputs by 64 inputs; or of a 1x1 64 outputs by 128 inputs. The other warps fill windows of
+// both operands. add_splits() adds the splits up, in a fixed order.
+#include "choose.cuh"
+
+namespace preact::cuda {
+namespace {
+
+// kDown times 64 outputs by kInputs inputs, for kTaps taps in each of kTaps rows of the kernel;
+// windows of kPositions. kRegisters are those of a thread that multiplies and of one that does not.
+template <int kDown_, int kTaps_, int kInputs_, int kPositions_, int kFillers_, int kRegisters_,
+          int kOtherRegisters_>
+struct WgradGroups {
+  static constexpr int kTaps = kTaps_, kInputs = kInputs_, kPositions = kPositions_;
+  static constexpr int kOutputs = kDown_ * kProductRows, kGroups = kDown_ * kTaps;
+  static constexpr int kMultipliers = kGroups * kWarpgroup, kFillers = kFillers_;  // threads
+  static constexpr int kThreads = kMultipliers + kFillers;
+  static constexpr int kRegisters = kRegisters_, kOtherRegisters = kOtherRegisters_;
+  static_assert(registers_suffice(kThreads, 1, kMultipliers, kRegisters, kOtherRegisters));
+};
+using RowGroups = WgradGroups<1, 3, 64, 256, 128, 136, 104>;
+using PointGroups = WgradGroups<2, 1, 128, 128, 256, 136, 120>;
+
+constexpr int kWgradSlots = 2;
+struct WgradBarriers {
+  Barrier full[kWgradSlots], empty[kWgradSlots];
+};
+constexpr int kWgradBarrierBytes = 128;
+
+struct WgradLine {
+  Line line;
+  int tiles, splits;
+  int outputs, inputs;              // K, C
+  int output_pieces, input_pieces;  // that threads share, as many as there are, or a power of 2
+  int grad_plane, input_plane, input_at, slot;  // bytes
+  int64_t shared_bytes;
+};
+
+template <typename T, class Tile>
+__global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
+    const WgradLine t, Gradient<T> grad, Activated<T, false> input,
+    float* partial) {  // [splits, R * S, K, C]
+  // As the host has made sure; known here, it spares the code of single numbers.
+  grad.channels.vectors = input.channels.vectors = true;
+  constexpr int kTaps = Tile::kTaps;
+  WgradBarriers& barriers = *reinterpret_cast<WgradBarriers*>(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x), warp = warp_number();
+  if (thread == 0)
+    for (int i = 0; i < kWgradSlots; ++i) {
+      barrier_begin(&barriers.full[i], Tile::kFillers / 32);
+      barrier_begin(&barriers.empty[i], Tile::kMultipliers / 32);
+    }
+  __syncthreads();
+  const int tiles_across = (t.inputs + Tile::kInputs - 1) / Tile::kInputs;
+  const int first_output = static_cast<int>(blockIdx.y) / tiles_across * Tile::kOutputs;
+  const int first_input = static_cast<int>(blockIdx.y) % tiles_across * Tile::kInputs;
+  const int split = static_cast<int>(blockIdx.x);
+  const auto window_at = [&](int slot) {
+    return shared_memory() + kWgradBarrierBytes + slot * t.slot;
+  };
+  Ring ring;
+
+  if (warp >= Tile::kMultipliers / 32) {
+    give_registers<Tile::kOtherRegisters>();
+    const LineDivisors by(t.line);
+    for (int tile = split; tile < t.tiles; tile += t.splits, ring.advance(kWgradSlots)) {
+      barrier_wait(&barriers.empty[ring.slot], ring.phase ^ 1);
+      unsigned char* const window = window_at(ring.slot);
+      const int mine = thread - Tile::kMultipliers, first = tile * Tile::kPositions;
+      fill_window<T, Tile::kFillers>(grad, Run(t.line, first), by, Tile::kPositions, first_output,
+                                     t.output_pieces, 0, window, t.grad_plane, mine);
+      const int halo = t.line.halo();
+      fill_window<T, Tile::kFillers>(input, Run(t.line, first - halo), by,
+                                     Tile::kPositions + 2 * halo, first_input, t.input_pieces, 0,
+                                     window + t.input_at, t.input_plane, mine);
+      warp_arrives(&barriers.full[ring.slot]);
+    }
+    return;
+  }
+
+  take_registers<Tile::kRegisters>();
+  const int group = warp / 4, row = group % kTaps;  // of the kernel
+  const int group_output = group / kTaps * kProductRows;
+  float sums[kTaps][Tile::kInputs / 2] = {};
+  Barrier* before = nullptr;
+  for (int tile = split; tile < t.tiles; tile += t.splits, ring.advance(kWgradSlots)) {
+    barrier_wait(&barriers.full[ring.slot], ring.phase);
+    const unsigned char* const window = window_at(ring.slot);
+    const Operand dy(window + group_output / kPiece * t.grad_plane, kCore, t.grad_plane);
+    const Operand h(window + t.input_at + (t.line.halo() + t.line.tap(row, 0)) * kCoreRow, kCore,
+                    t.input_plane);
+#pragma unroll 1
+    for (int p = 0; p < Tile::kPositions; p += kProductDepth) {
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < kTaps; ++s)
+        warpgroup_multiply<true, true>(sums[s], dy.moved(p * kCoreRow), h.moved((p + s) * kCoreRow),
+                                       true, T{});
+    }
+    products_commit();
+    products_wait<1>();
+    if (before) warp_arrives(before);
+    before = &barriers.empty[ring.slot];
+  }
+  products_wait<0>();
+
+  const int lane = thread % 32;
+#pragma unroll
+  for (int s = 0; s < kTaps; ++s) {
+    products_done(sums[s]);
+    const int64_t plane = int64_t{split} * kTaps * kTaps + row * kTaps + s;
+#pragma unroll
+    for (int j = 0; j < Tile::kInputs / 8; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int k = first_output + group_output + warp % 4 * 16 + 8 * h + lane / 4;
+        const int c = first_input + 8 * j + lane % 4 * 2;
+        if (k < t.outputs && c < t.inputs)
+          store(reinterpret_cast<float2*>(partial + (plane * t.outputs + k) * t.inputs + c),
+                make_float2(sums[s][4 * j + 2 * h], sums[s][4 * j + 2 * h + 1]));
+      }
+  }
+}
+
+// So many pieces do threads share, of a window that has room for `most`.
+int shared_pieces(int64_t channels, int most) {
+  int pieces = 2;
+  while (pieces < most && pieces * kPiece < channels) pieces *= 2;
+  return pieces;
+}
+
+template <class Tile>
+WgradLine wgrad_line(const ConvShape& s) {
+  WgradLine t{};
+  t.line = line_of(s);
+  t.tiles = static_cast<int>(ceil_div(positions_of(s), Tile::kPositions));
+  t.outputs = static_cast<int>(s.output.channels);
+  t.inputs = static_cast<int>(s.input.channels);
+  t.output_pieces = shared_pieces(t.outputs, Tile::kOutputs / kPiece);
+  t.input_pieces = shared_pieces(t.inputs, Tile::kInputs / kPiece);
+  t.grad_plane = plane_bytes(Tile::kPositions, t.output_pieces);
+  t.input_plane = plane_bytes(Tile::kPositions + 2 * t.line.halo(), t.input_pieces);
+  t.input_at = t.grad_plane * (Tile::kOutputs / kPiece);
+  t.slot = t.input_at + t.input_plane * (Tile::kInputs / kPiece);
+  t.shared_bytes = kWgradBarrierBytes + int64_t{kWgradSlots} * t.slot;
+  return t;
+}
+
+template <class Tile>
+bool run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+  const ConvShape s = flattened(op.shape);
+  const int64_t k = s.output.channels, c = s.input.channels, taps = Tile::kTaps * Tile::kTaps;
+  WgradLine t = wgrad_line<Tile>(s);
+  if (t.shared_bytes > most_shared_bytes(runtime.device)) return false;
+  const auto with_dtype = [&]<typename T>() {
+    const auto kernel = wgrad_by_warpgroups_kernel<T, Tile>;
+    const int64_t channel_tiles = ceil_div(k, Tile::kOutputs) * ceil_div(c, Tile::kInputs);
+    const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
+    const int64_t read = s.input.pixels() * (c + k) * static_cast<int64_t>(sizeof(T));
+    t.splits = static_cast<int>(choose_splits(multiprocessors(runtime.device) / channel_tiles, read,
+                                              partial_bytes, t.tiles));
+    float* const partial =
+        static_cast<float*>(runtime.allocate_partial(t.splits * partial_bytes, runtime.context));
+    const Activated<T, false> input{channels_of(c, {op.input, op.affine}),
+                                    static_cast<const T*>(op.input),
+                                    static_cast<const float*>(op.affine), op.activation};
+    launch("preact_conv_wgrad", kernel,
+           {static_cast<unsigned>(t.splits), static_cast<unsigned>(channel_tiles)}, Tile::kThreads,
+           t.shared_bytes, runtime.device, runtime.stream, t, Gradient<T>(op.grad, s.output), input,
+           partial);
+    runtime.sum_partial({partial, static_cast<float*>(op.dweight), t.splits, taps, k, c},
+                        runtime.context);
+  };
+  if (op.dtype == Dtype::kBFloat16)
+    with_dtype.template operator()<bf16>();
+  else
+    with_dtype.template operator()<f16>();
+  return true;
+}
+
+}  // namespace
+
+bool wgrad_by_warpgroups(const CudaRuntime& runtime, const PreactConvWgrad& op) {
+  const ConvShape& s = op.shape;
+  if (!warpgroups_can(runtime, op.dtype, op.activation, s)) return false;
+  if (!channels_of(s.input.channels, {op.input, op.affine}).vectors ||
+      !Gradient<bf16>(op.grad, s.output).channels.vectors)
+    return false;
+  if (s.kernel_height == 1) return run<PointGroups>(runtime, op);
+  // Of few channels most of a product would be left unused.
+  constexpr int kFew = 32;
+  const bool few = s.input.channels <= kFew && s.output.channels <= kFew;
+  return s.kernel_height == RowGroups::kTaps && !few && run<RowGroups>(runtime, op);
+}
+
+}  // namespace preact::cuda

@@ -1,0 +1,275 @@
+"""The kernels of csrc/cuda/sm90, without a GPU: results, who takes what, and faults that show."""
+
+import os
+
+import pytest
+import torch
+from cuda_emulator.build import broken, build
+from cuda_emulator.cases import Shape
+from cuda_emulator.emulator import READ, SHARED_READ, Emulator
+from cuda_emulator.test_emulator import assert_close, kernels_of
+from cuda_emulator.test_memory import Layer, hold, scratch_of_moments, scratch_of_sums, waste
+from operands import operands
+
+from fused_preact import reference
+
+SANITIZED = "PREACT_EMULATOR" in os.environ  # by test_emulator.test_sanitizers_find_nothing
+DEVICE = (1, 227 * 1024)  # one multiprocessor, so that blocks have several tiles
+PAD = (1, 1, 1, 1)
+SHAPES = [
+    Shape(1, 8, 6, 5, 8, (3, 3), padding=PAD),  # half a product's depth
+    Shape(2, 16, 5, 7, 16, (3, 3), padding=PAD),
+    Shape(1, 1024, 3, 1, 8, (1, 1)),  # more steps of weights than stay
+    Shape(3, 72, 7, 7, 136, (1, 1)),  # two chunks, the second one narrower; three groups
+    Shape(2, 64, 1, 1, 48, (3, 3), padding=PAD),  # images of one pixel
+    Shape(1, 40, 16, 16, 24, (3, 3), padding=PAD),
+    Shape(5, 48, 4, 4, 40, (3, 3), padding=PAD),  # several images a tile
+    Shape(2, 128, 12, 13, 128, (3, 3), padding=PAD),  # the wide tile, weights in a ring
+    Shape(3, 256, 9, 9, 256, (1, 1)),
+    Shape(1, 32, 3, 70, 64, (3, 3), padding=PAD),  # rows longer than a piece of a tile
+]
+NAMES = {
+    "preact_conv_forward": ("output", "stats", "affine"),
+    "preact_conv_dgrad": ("g", "sums"),
+    "preact_conv_wgrad": ("dweight",),
+}
+
+
+def calls(shape: Shape, dtype: torch.dtype, whole: bool) -> dict[str, tuple]:
+    """The arguments of each operator; whole: with all that is optional."""
+    images = (shape.images, shape.channels, shape.height, shape.width)
+    conv = (shape.filters, shape.kernel, shape.stride, shape.padding)
+    o = operands(dtype, images, conv, deferred=whole)
+    affine, residual, addend = (o.affine, o.residual, o.addend) if whole else (None, None, None)
+    weight = o.weight.contiguous(memory_format=torch.channels_last)
+    dy = (o.grad, *o.deferred)
+    return {
+        "preact_conv_forward": (o.input, affine, weight, residual, *o.geometry, "relu", whole),
+        "preact_conv_dgrad": (*dy, weight, o.input, affine, addend, *o.geometry, "relu", whole),
+        "preact_conv_wgrad": (*dy, o.input, affine, shape.kernel, *o.geometry, "relu"),
+    }
+
+
+def results(operators, name: str, arguments: tuple) -> dict[str, torch.Tensor]:
+    found = getattr(operators, name)(*arguments)
+    found = found if isinstance(found, tuple | list) else (found,)
+    return dict(zip(NAMES[name], found, strict=True))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "bare"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_convolutions_match_reference(emulator, shape, dtype, whole):
+    """Within a few roundings of the dtype, and with the same bits in any order."""
+    few = max(shape.channels, shape.filters) <= 32 and shape.kernel == (3, 3)
+    for name, arguments in calls(shape, dtype, whole).items():
+        with emulator.recording(*DEVICE, warpgroups=True) as launches:
+            getattr(emulator.operators, name)(*arguments)
+        by_warpgroups = name.removeprefix("preact_conv_") + "_by_warpgroups"
+        expected = name if few and name == "preact_conv_wgrad" else by_warpgroups
+        assert kernels_of(launches)[0] == expected
+        with emulator.device(*DEVICE, warpgroups=True):
+            emulator.seed(1)
+            ours = results(emulator.operators, name, arguments)
+            emulator.seed(2)
+            again = results(emulator.operators, name, arguments)
+        assert_close(ours, results(reference, name, arguments), dtype)
+        for key, value in ours.items():
+            assert torch.equal(value, again[key]), key
+
+
+def test_frozen_statistics_match_reference(emulator):
+    """BatchNorm's backward pass with frozen statistics ends in dgrad's epilogue."""
+    for shape in (SHAPES[5], SHAPES[8]):
+        arguments = calls(shape, torch.bfloat16, True)["preact_conv_dgrad"]
+        residual = torch.randn_like(arguments[5])
+        arguments = (*arguments[:7], None, *arguments[8:])
+        options = {"frozen": True, "residual": residual}
+        with emulator.device(*DEVICE, warpgroups=True):
+            ours = emulator.operators.preact_conv_dgrad(*arguments, **options)
+        truth = reference.preact_conv_dgrad(*arguments, **options)
+        names = NAMES["preact_conv_dgrad"]
+        assert_close(
+            *(dict(zip(names, values, strict=True)) for values in (ours, truth)), torch.bfloat16
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "activation"),
+    [
+        (SHAPES[1], torch.float32, "relu"),
+        (SHAPES[1], torch.bfloat16, "silu"),
+        (Shape(2, 12, 5, 7, 16, (3, 3), padding=PAD), torch.bfloat16, "relu"),
+        (Shape(2, 16, 5, 7, 12, (3, 3), padding=PAD), torch.bfloat16, "relu"),
+        (Shape(2, 16, 6, 6, 16, (3, 3), (2, 2), PAD), torch.bfloat16, "relu"),
+        (Shape(2, 16, 6, 6, 16, (1, 1), (2, 2)), torch.bfloat16, "relu"),
+        (Shape(2, 16, 6, 6, 16, (3, 3), padding=(0, 1, 0, 1)), torch.bfloat16, "relu"),
+        (Shape(2, 16, 6, 6, 16, (2, 2), padding=(0, 1, 0, 1)), torch.bfloat16, "relu"),
+        (Shape(2, 16, 6, 6, 16, (1, 3), padding=(0, 0, 1, 1)), torch.bfloat16, "relu"),
+    ],
+    ids=str,
+)
+def test_other_convolutions_take_other_kernels(emulator, shape, dtype, activation):
+    for name, arguments in calls(shape, dtype, False).items():
+        arguments = tuple(activation if a == "relu" else a for a in arguments)
+        with emulator.recording(*DEVICE, warpgroups=True) as launches:
+            getattr(emulator.operators, name)(*arguments)
+        assert kernels_of(launches)[0] == name
+
+
+def test_they_have_to_be_asked_for(emulator):
+    """Until a GPU has run them."""
+    for name, arguments in calls(SHAPES[8], torch.bfloat16, True).items():
+        with emulator.recording(*DEVICE) as launches:
+            getattr(emulator.operators, name)(*arguments)
+        assert kernels_of(launches)[0] == name
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def counted(emulator, name: str, arguments: tuple):
+    """An operator's results, what it moved, and its first launch's grid."""
+    operator = getattr(emulator.operators, name)
+    with emulator.recording(*DEVICE, warpgroups=True) as launches:
+        operator(*arguments)
+    assert "_by_warpgroups" in launches[0].kernel
+    with emulator.device(*DEVICE, warpgroups=True), emulator.counting() as counts:
+        found = operator(*arguments)
+    return found if isinstance(found, tuple) else (found,), counts, launches[0].grid
+
+
+def pixels_of_windows(tile: int, halo: int, size: int, gap: int) -> int:
+    """Of two images, those that windows of so many positions, and a halo at both sides, load."""
+    pitch = size + gap
+    line = 2 * pitch * pitch
+    loaded = 0
+    for first in range(0, line, tile):
+        for p in range(max(first - halo, 0), min(first + tile + halo, line)):
+            loaded += p % pitch < size and p // pitch % pitch < size
+    return loaded
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_touch_what_their_heads_say(emulator, kernel):
+    """Each input once, of a 3x3 the halo of its tiles twice; each output once; resident weights."""
+    layer = Layer(torch.bfloat16, 64, 64, kernel)
+    calls, gap = layer.calls(), kernel // 2
+    size = layer.u.shape[-1]
+    halo = gap * (size + gap) + gap
+
+    def windows(tile: int, halo: int) -> float:
+        return pixels_of_windows(tile, halo, size, gap) / (2 * size * size)
+
+    results, counts, grid = counted(emulator, "preact_conv_forward", calls["preact_conv_forward"])
+    reads = {layer.u: windows(128, halo), layer.residual: 1, layer.weight: grid[0]}
+    hold(counts, reads, [layer.affine], results, scratch_of_moments(grid[0]))
+
+    results, counts, grid = counted(emulator, "preact_conv_dgrad", calls["preact_conv_dgrad"])
+    both = dict.fromkeys((layer.g, layer.y), windows(128, halo))
+    reads = {**both, layer.u: 1, layer.addend: 1, layer.weight: grid[0]}
+    vectors = [layer.affine, layer.y_affine, layer.y_sums]
+    hold(counts, reads, vectors, results, scratch_of_sums(grid[0]))
+
+    results, counts, grid = counted(emulator, "preact_conv_wgrad", calls["preact_conv_wgrad"])
+    reads = {layer.g: 1, layer.y: 1, layer.u: windows(256 if gap else 128, halo)}
+    scratch = grid[0] * 4 * layer.weight.numel()
+    hold(counts, reads, vectors, results, (scratch, scratch))
+
+
+# A piece of a float32 vector is 32 bytes, loaded by halves: the second is in L1.
+VECTORS = {("bn.cuh", READ, 16): 2}
+# Fewer channels than 64 read two or more rows of the stage at once, and two meet in a bank: once a
+# tile.
+NARROW = {("conv_warpgroups.cuh", SHARED_READ, 16): 2}
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "kernel", "known"),
+    [
+        (64, 64, 3, {}),
+        (64, 64, 1, {}),
+        (128, 128, 3, {}),
+        (256, 128, 1, {}),
+        (16, 16, 1, NARROW),
+        (32, 32, 1, NARROW),
+    ],
+)
+def test_they_use_whole_sectors_and_no_bank_twice(emulator, channels, filters, kernel, known):
+    """Every access of a warp but those known above."""
+    points = []
+    for name, arguments in Layer(torch.bfloat16, channels, filters, kernel).calls().items():
+        if name in NAMES:
+            points += counted(emulator, name, arguments)[1].points
+    assert waste(points) == VECTORS | known
+
+
+# --- what it finds -------------------------------------------------------------------------------
+
+FAULTS = {
+    # products that read what has not been made visible to them
+    "window": ("preact_conv_forward", "sm90/window.cuh", "  operands_written();\n", ""),
+    # a slot that is left while products still read it
+    "release": (
+        *("preact_conv_forward", "sm90/conv_warpgroups.cuh"),
+        *("          products_wait<1>();\n          release();\n", "          release();\n"),
+    ),
+    # a slot that is filled while products still read it
+    "empty": (
+        *("preact_conv_wgrad", "sm90/wgrad_by_warpgroups.cu"),
+        *("      barrier_wait(&barriers.empty[ring.slot], ring.phase ^ 1);\n", ""),
+    ),
+    # products of a slot that is not full
+    "full": (
+        *("preact_conv_wgrad", "sm90/wgrad_by_warpgroups.cu"),
+        *("    barrier_wait(&barriers.full[ring.slot], ring.phase);\n", ""),
+    ),
+    # a stage of results that is overwritten while others still read it
+    "stage": (
+        *("preact_conv_forward", "sm90/conv_warpgroups.cuh"),
+        *("        __syncwarp();  // the rows before have been read\n", ""),
+    ),
+}
+
+
+@pytest.mark.skipif(SANITIZED, reason="builds by itself")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_show(emulator, tmp_path, fault):
+    """A missing fence or wait gives other results for some order of threads."""
+    name, file, before, after = FAULTS[fault]
+    kernel = f"sm90/{name.removeprefix('preact_conv_')}_by_warpgroups.cu"
+    cuda = broken(tmp_path, kernel, before, after, file)
+    library = build(tmp_path / "build", f"preact_{fault}", cuda=cuda, reuse=emulator.library.parent)
+    wrong = Emulator(library, f"preact_{fault}")
+    # many steps of weights that do not stay; many tiles a block
+    shape = Shape(4, 128, 12, 13, 128, (3, 3), padding=PAD)
+    arguments = calls(shape, torch.bfloat16, True)[name]
+    truth = results(reference, name, arguments)
+
+    def is_right(emulator: Emulator, seed: int) -> bool:
+        with emulator.device(*DEVICE, warpgroups=True):
+            emulator.seed(seed)
+            try:
+                assert_close(results(emulator.operators, name, arguments), truth, torch.bfloat16)
+            except AssertionError:
+                return False
+        return True
+
+    assert is_right(emulator, 0)
+    assert not all(is_right(wrong, seed) for seed in range(4))
+
+
+@pytest.mark.skipif(SANITIZED, reason="builds by itself")
+def test_arrival_that_never_comes_is_named(emulator, tmp_path):
+    """Threads that wait in vain, instead of a test that does not end."""
+    before = "      warp_arrives(&barriers.full[ring.slot]);\n"
+    kernel = "sm90/wgrad_by_warpgroups.cu"
+    cuda = broken(tmp_path, kernel, before, "")
+    library = build(tmp_path / "build", "preact_vain", cuda=cuda, reuse=emulator.library.parent)
+    wrong = Emulator(library, "preact_vain")
+    arguments = calls(SHAPES[8], torch.bfloat16, True)["preact_conv_wgrad"]
+    with (
+        wrong.device(*DEVICE, warpgroups=True),
+        pytest.raises(RuntimeError, match=r"preact_conv_wgrad.*threads wait for in vain"),
+    ):
+        wrong.operators.preact_conv_wgrad(*arguments)
