@@ -17,6 +17,8 @@ from malloc import keep_freed_memory
 from measure import Measured, Traffic, alternate, ratios
 from memory import Peaks, saved_bytes
 
+from fused_preact import _C
+
 # A rounding may flip a ReLU of a unit, which changes its gradients by far more than roundings do;
 # one input in several has such an activation. What is wrong is wrong for each of these seeds.
 SEEDS = 3
@@ -28,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--networks", action="store_true", help="all networks too, beside eager")
     group.addoption("--full", action="store_true", help="all shapes, dtypes and contenders")
     group.addoption(
+        "--warpgroups",
+        action="store_true",
+        help="on compute capability 9.0, convolutions of our CUDA kernels multiply with wgmma",
+    )
+    group.addoption(
         "--results",
         type=Path,
         help="a JSON file to write the results to, or a folder: then MACHINE/DEVICE.json in it, "
@@ -38,6 +45,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # the better eager
+    if config.getoption("--warpgroups"):
+        if not hasattr(_C, "use_warpgroups"):
+            raise pytest.UsageError("--warpgroups: no kernels for 9.0a are built here")
+        _C.use_warpgroups(True)
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +153,8 @@ def measurements(request, device):
         path = path / machine.slug(device) / f"{device.type}{full}.json"
     rates = {str(dtype): rate for dtype, rate in measured.rates.items()}
     figures = {"copy_bytes_per_second": measured.bandwidth, "matmul_flops_per_second": rates}
+    if request.config.getoption("--warpgroups"):
+        figures["warpgroups"] = True
     result = {"machine": machine.describe(device) | figures, "rows": measured.rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

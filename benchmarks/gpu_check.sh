@@ -77,8 +77,11 @@ if has pytest hypothesis expecttest; then
   # most of their time is Triton's compilers'
   parallel=
   has xdist && parallel="-n $(($(nproc) < 14 ? $(nproc) : 14))"
-  step 200 tests python -m pytest -m gpu tests/gpu -q -rsf --durations=10 $parallel
-  grep -h ^SKIPPED "$out/tests.log" >> "$out/not_done.txt"
+  tests=(python -m pytest -m gpu tests/gpu -q -rsf --durations=10)
+  step 200 tests "${tests[@]}" -k "not warpgroups" $parallel
+  # apart, since a barrier that is never passed would hang
+  [ "$capability" = 9.0a ] && step 60 tests-warpgroups "${tests[@]}" -k warpgroups
+  grep -h ^SKIPPED "$out"/tests*.log >> "$out/not_done.txt"
 else
   not_done "tests: pytest, hypothesis or expecttest is missing"
 fi
@@ -87,10 +90,14 @@ bench=(python -P -m pytest benchmarks --benchmark-only -q)
 if has pytest pytest_benchmark; then
   step 150 steps "${bench[@]}" -k "(step- or attack-) and bfloat16" \
     --results "$out/steps.json"
+  [ "$capability" = 9.0a ] && step 90 steps-warpgroups "${bench[@]}" --warpgroups \
+    -k "(step- or attack-) and bfloat16" --results "$out/steps-warpgroups.json"
 fi
-for network in R-1001 WRN-28-10; do
-  step 60 "predictions-$network" python benchmarks/predicted_and_measured.py "$network" \
-    --results "$out/predictions-$network.md"
+for network in R-1001 R-200 WRN-28-10; do
+  measure=(python benchmarks/predicted_and_measured.py "$network")
+  step 60 "predictions-$network" "${measure[@]}" --results "$out/predictions-$network.md"
+  [ "$capability" = 9.0a ] && step 60 "warpgroups-$network" "${measure[@]}" --warpgroups \
+    --results "$out/warpgroups-$network.md"
 done
 if has pytest pytest_benchmark; then
   step 90 operators "${bench[@]}" -k operator- --results "$out/operators.json"

@@ -1,10 +1,11 @@
 """The predictions of kernel_report.py beside what this machine's GPU takes.
 
-    python benchmarks/predicted_and_measured.py [NETWORK] [--results FILE.md]
+    python benchmarks/predicted_and_measured.py [NETWORK] [--warpgroups] [--results FILE.md]
 
 Every operator call of a training step of a network of the report (R-1001), on random operands, in a
 CUDA graph of several calls; the operands stay in the caches where they fit. The Markdown table has
-the slowest first. Needs nothing but PyTorch and the CUDA kernels.
+the slowest first. With --warpgroups convolutions multiply with wgmma where they can, on compute
+capability 9.0; predicted are the other kernels. Needs nothing but PyTorch and the CUDA kernels.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from step_calls import STEPS, Call, Spec, by_kernel, shape_class, step_calls
+
+from fused_preact import _C
 
 PREDICTED = Path(__file__).resolve().parent / "predicted" / "kernels.json"
 # An H200 is an H100 whose memory is 1.4 times as fast.
@@ -136,8 +139,11 @@ def _operand(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("network", nargs="?", default="R-1001", choices=list(STEPS))
+    parser.add_argument("--warpgroups", action="store_true", help="measure the wgmma kernels")
     parser.add_argument("--results", type=Path, metavar="FILE.md", help="write the table there")
     args = parser.parse_args()
+    if args.warpgroups:
+        _C.use_warpgroups(True)
     if not torch.cuda.is_available():
         raise SystemExit("predicted_and_measured.py needs a GPU, and this torch sees none")
     gpu = torch.cuda.get_device_name()

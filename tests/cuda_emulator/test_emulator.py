@@ -517,14 +517,20 @@ def sanitized(tmp_path_factory):
 
 @pytest.mark.skipif(SANITIZED or not sys.platform.startswith("linux"), reason="runs itself")
 def test_sanitizers_find_nothing(sanitized):
-    """The operator tests of this file under AddressSanitizer and UBSan."""
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k"]
+    """The operator tests of this file, and of warpgroups, under AddressSanitizer and UBSan."""
+    warpgroups = str(Path(__file__).with_name("test_warpgroups.py"))
 
-    def run(which: str) -> subprocess.CompletedProcess:
-        return sanitized_python(*arguments, which, PREACT_EMULATOR=str(sanitized))
+    def run(part: tuple[str, str]) -> subprocess.CompletedProcess:
+        arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", part[0], "-k", part[1]]
+        return sanitized_python(*arguments, PREACT_EMULATOR=str(sanitized))
 
-    with ThreadPoolExecutor(2) as pool:  # two halves, nearly
-        for result in pool.map(run, ["reference or stages", "not (reference or stages)"]):
+    parts = [
+        (__file__, "reference or stages"),
+        (__file__, "not (reference or stages)"),
+        (warpgroups, "reference and bfloat16 and whole"),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(run, parts):
             assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
             assert re.search(r"\d{2,} passed", result.stdout), result.stdout
 

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulator.cases import SHAPES, TOLERANCES, run
+from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
+from cuda_emulator.test_emulator import assert_close
+from cuda_emulator.test_warpgroups import SHAPES as WARPGROUP_SHAPES
+from cuda_emulator.test_warpgroups import calls as warpgroup_calls
+from cuda_emulator.test_warpgroups import results
 from numerics import Case, assert_rule, make_case
 from predicted_and_measured import measure, predictions, table
 from step_calls import STEPS, step_calls
 
 import fused_preact
-from fused_preact import PreActBottleneck, reference
+from fused_preact import _C, PreActBottleneck, reference
 
 DTYPES = list(TOLERANCES)
 OPERATORS = torch.ops.fused_preact
@@ -95,6 +99,65 @@ def test_units_keep_the_tolerance_rule(unit, dtype, allow_tf32):
     torch.backends.cudnn.allow_tf32 = allow_tf32
     with fused_preact.backend("cuda"):
         assert_rule(on_gpu(make_case(dtype, **UNITS[unit])), dtype, allow_tf32=allow_tf32)
+
+
+@pytest.fixture
+def warpgroups():
+    """Convolutions multiply with wgmma, where they can."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma: compute capability 9.0")
+    if not hasattr(_C, "use_warpgroups"):
+        pytest.skip("wgmma: no kernels for 9.0a are built")
+    _C.use_warpgroups(True)
+    yield
+    _C.use_warpgroups(False)
+
+
+# 170 tiles of 256 positions: the wide tile wants as many as an H100 has multiprocessors
+WIDE = [
+    Shape(40, 128, 32, 32, 128, (3, 3), padding=(1, 1, 1, 1)),
+    Shape(44, 256, 28, 28, 256, (1, 1)),
+    Shape(44, 320, 28, 28, 128, (1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*WARPGROUP_SHAPES, *WIDE], ids=str)
+def test_warpgroups_match_reference(warpgroups, shape, dtype):
+    """Whole and bare: as the other kernels are held to it, and twice alike."""
+    for whole in (True, False):
+        for name, arguments in warpgroup_calls(shape, dtype, whole).items():
+            ours, again, truth = (
+                results(operators, name, arguments) for operators in (OnGpu(), OnGpu(), reference)
+            )
+            assert_close(ours, truth, dtype)
+            for key, value in ours.items():
+                assert torch.equal(value, again[key]), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unit", UNITS)
+def test_units_by_warpgroups_keep_the_tolerance_rule(warpgroups, unit, dtype):
+    with fused_preact.backend("cuda"):
+        assert_rule(on_gpu(make_case(dtype, **UNITS[unit])), dtype, allow_tf32=False)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_warpgroups_under_compute_sanitizer(warpgroups, tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer")
+    script = (
+        f"import sys; sys.path[:0] = {PATHS}\n"
+        "import torch\nfrom fused_preact import _C\nfrom gpu.test_cuda import OnGpu\n"
+        "from cuda_emulator.cases import run\n"
+        "from cuda_emulator.test_warpgroups import SHAPES\n"
+        "_C.use_warpgroups(True)\n"
+        "for i in (3, 6): run(OnGpu(), SHAPES[i], torch.bfloat16, 'relu', True)\n"
+    )
+    command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 
 @pytest.fixture
