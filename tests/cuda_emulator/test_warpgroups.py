@@ -26,6 +26,7 @@ SHAPES = [
     Shape(5, 48, 4, 4, 40, (3, 3), padding=PAD),  # several images a tile
     Shape(2, 128, 12, 13, 128, (3, 3), padding=PAD),  # the wide tile, weights in a ring
     Shape(3, 256, 9, 9, 256, (1, 1)),
+    Shape(1, 320, 9, 9, 320, (1, 1)),  # the wide tile three times, the last half of it
     Shape(1, 32, 3, 70, 64, (3, 3), padding=PAD),  # rows longer than a piece of a tile
 ]
 NAMES = {

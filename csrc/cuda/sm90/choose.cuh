@@ -22,8 +22,9 @@ inline bool warpgroups_can(const CudaRuntime& runtime, Dtype dtype, Activation a
          (!has_gaps || std::max(s.input.height, s.input.width) < kMostPitch);
 }
 
-// Calls run.operator()<T, Tile>(tiling): the wide tile where it leaves nothing over and fills the
-// device, else the slim one. Returns whether the tile fits into the device's shared memory.
+// Calls run.operator()<T, Tile>(tiling): the wide tile where at most a fifth of its channels are
+// left over and it fills the device, else the slim one. Returns whether the tile fits into the
+// device's shared memory.
 template <bool kDgrad, class Op, typename F>
 bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_channels,
                        int64_t result_channels, const F& run) {
@@ -37,9 +38,10 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
       run.template operator()<f16, Tile>(tiling);
     return true;
   };
-  const int64_t wide =
-      ceil_div(positions_of(s), WideGroups::kPixels) * (result_channels / WideGroups::kChannels);
-  if (result_channels % WideGroups::kChannels == 0 && wide >= multiprocessors(runtime.device) &&
+  const int64_t across = ceil_div(result_channels, WideGroups::kChannels);
+  const bool fits = 5 * (across * WideGroups::kChannels - result_channels) <= result_channels;
+  const int64_t tiles = ceil_div(positions_of(s), WideGroups::kPixels) * across;
+  if (fits && tiles >= multiprocessors(runtime.device) &&
       with_tile.template operator()<WideGroups>())
     return true;
   return with_tile.template operator()<SlimGroups>();
