@@ -80,7 +80,7 @@ if has pytest hypothesis expecttest; then
   tests=(python -m pytest -m gpu tests/gpu -q -rsf --durations=10)
   step 200 tests "${tests[@]}" -k "not warpgroups" $parallel
   # apart, since a barrier that is never passed would hang
-  [ "$capability" = 9.0a ] && step 60 tests-warpgroups "${tests[@]}" -k warpgroups
+  [ "$capability" = 9.0a ] && step 90 tests-warpgroups "${tests[@]}" -k warpgroups $parallel
   grep -h ^SKIPPED "$out"/tests*.log >> "$out/not_done.txt"
 else
   not_done "tests: pytest, hypothesis or expecttest is missing"
