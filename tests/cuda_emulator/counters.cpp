@@ -19,8 +19,6 @@
 #include <set>
 #include <unordered_map>
 
-#include "sm90/warpgroups.h"
-
 namespace emulator {
 
 bool counting = false;
@@ -167,11 +165,9 @@ PREACT_CONTROL const char* emulator_points() {
 }
 
 // From now on a device like this; of 0 multiprocessors: the emulator's own again.
-PREACT_CONTROL void emulator_device(int multiprocessors, int64_t most_shared_bytes,
-                                    int warpgroups) {
+PREACT_CONTROL void emulator_device(int multiprocessors, int64_t most_shared_bytes) {
   emulator::device = emulator::Device{};
   if (multiprocessors > 0) emulator::device = {multiprocessors, most_shared_bytes};
-  preact::cuda::use_warpgroups(warpgroups != 0);
 }
 
 // Whether launches from now on are recorded, not run.

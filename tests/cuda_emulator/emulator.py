@@ -108,12 +108,13 @@ class Emulator:
         self, multiprocessors: int, most_shared_bytes: int, *, warpgroups: bool = False
     ) -> Iterator[None]:
         """Launches inside are those for such a device; warpgroups: of compute capability 9.0."""
-        shared = ctypes.c_int64(most_shared_bytes)
-        self._controls.emulator_device(multiprocessors, shared, int(warpgroups))
+        self._controls.emulator_device(multiprocessors, ctypes.c_int64(most_shared_bytes))
+        self._controls.emulator_warpgroups(int(warpgroups))
         try:
             yield
         finally:
-            self._controls.emulator_device(0, ctypes.c_int64(0), 0)
+            self._controls.emulator_device(0, ctypes.c_int64(0))
+            self._controls.emulator_warpgroups(0)
 
     @contextmanager
     def recording(

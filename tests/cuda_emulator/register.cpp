@@ -1,6 +1,7 @@
 // The CUDA kernels as operators fused_preact_emulator::* on CPU tensors, by the same checks and
 // launchers as on a GPU.
 #include "../../csrc/cuda/ptx.cuh"
+#include "../../csrc/cuda/sm90/warpgroups.h"
 #include "../../csrc/torch/operators.h"
 #include "../../csrc/torch/units.h"
 #include "../../csrc/torch/units_call.h"
@@ -46,3 +47,8 @@ STABLE_TORCH_LIBRARY_IMPL(PREACT_EMULATOR, CPU, m) {
 }
 
 }  // namespace preact
+
+// Whether launches from now on are those for compute capability 9.0.
+extern "C" __attribute__((visibility("default"))) void emulator_warpgroups(int on) {
+  preact::cuda::use_warpgroups(on != 0);
+}
