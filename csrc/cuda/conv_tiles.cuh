@@ -8,6 +8,7 @@
 #pragma once
 
 #include "conv.cuh"
+#include "epilogues.cuh"
 
 namespace preact::cuda {
 
@@ -15,9 +16,6 @@ constexpr int kWarpChannels = 64;
 constexpr int kChunk = 32;  // source channels of a step
 constexpr int kTapsPerStep = 3;
 
-// Where channel c lies in a row of the stage: 4 floats are left free after each 32, so that neither
-// mma's layout nor pieces that are 32 channels apart meet in a bank.
-__host__ __device__ constexpr int stage_column(int c) { return c + c / 32 * 4; }
 constexpr int kStagePitch = stage_column(kWarpChannels);
 constexpr int kStageRows = 16;  // of a warp's results that are on their way at once
 

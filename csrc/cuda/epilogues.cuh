@@ -6,15 +6,24 @@
 #pragma once
 
 #include "bn.cuh"
-#include "reduce.cuh"
+#include "launch.cuh"
 
 namespace preact::cuda {
+
+// Where channel c lies in a row of the stage: 4 floats are left free after each 32, so that neither
+// mma's layout nor pieces that are 32 channels apart meet in a bank.
+__host__ __device__ constexpr int stage_column(int c) { return c + c / 32 * 4; }
 
 template <typename T>
 struct ForwardEpilogue {
   Channels channels;
   const T* residual;  // [M', K] or null
   T* output;          // [M', K]
+
+  explicit ForwardEpilogue(const PreactConvForward& op)
+      : channels(channels_of(op.shape.output.channels, {op.residual, op.output})),
+        residual(static_cast<const T*>(op.residual)),
+        output(static_cast<T*>(op.output)) {}
 
   struct Read {
     RawPiece<T> added;
@@ -54,6 +63,17 @@ struct DgradEpilogue {
   bool frozen;
   const T* residual;  // [M, C] or null
   T* g;               // [M, C]
+
+  explicit DgradEpilogue(const PreactConvDgrad& op)
+      : channels(channels_of(op.shape.input.channels,
+                             {op.addend, op.input, op.affine, op.residual, op.g})),
+        addend(static_cast<const T*>(op.addend)),
+        input(static_cast<const T*>(op.input)),
+        affine(static_cast<const float*>(op.affine)),
+        activation(op.activation),
+        frozen(op.frozen),
+        residual(static_cast<const T*>(op.residual)),
+        g(static_cast<T*>(op.g)) {}
 
   struct Read {
     RawPiece<T> added, u;

@@ -8,7 +8,6 @@
 // The pixels of u with the same place in the stride's grid (its phase) are reached by the same
 // taps: each phase, blockIdx.z, is a convolution of stride 1 over dy.
 #include "conv_tiles.cuh"
-#include "epilogues.cuh"
 #include "sm90/warpgroups.h"
 
 namespace preact {
@@ -74,18 +73,9 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
       const int64_t parts = grid.x / groups * phases;
       ReductionMemory memory;
       if (op.sums) memory = {runtime, Sums::kValues, parts, c, groups};
-      const DgradEpilogue<T, Tile::kSilu> epilogue{
-          channels_of(c, {op.addend, op.input, op.affine, op.residual, op.g}),
-          static_cast<const T*>(op.addend),
-          static_cast<const T*>(op.input),
-          static_cast<const float*>(op.affine),
-          op.activation,
-          op.frozen,
-          static_cast<const T*>(op.residual),
-          static_cast<T*>(op.g)};
       launch("preact_conv_dgrad", kernel, grid, Tile::kThreads, tiling.shared.total, runtime.device,
-             runtime.stream, tiling, s, source, op.weight, epilogue, memory,
-             static_cast<float*>(op.sums));
+             runtime.stream, tiling, s, source, op.weight, DgradEpilogue<T, Tile::kSilu>(op),
+             memory, static_cast<float*>(op.sums));
     });
   });
 }

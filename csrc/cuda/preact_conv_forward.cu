@@ -3,7 +3,6 @@
 // Reads u [M, C] once for each 64 to 256 output channels (from the cache after the first) with the
 // halo of its patches, the residual [M', K], the weights; writes y [M', K]. FLOPs 2*M'*K*C*R*S.
 #include "conv_tiles.cuh"
-#include "epilogues.cuh"
 #include "sm90/warpgroups.h"
 
 namespace preact {
@@ -55,12 +54,9 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
       const Activated<T, Tile::kSilu> source{channels_of(c, {op.input, op.affine}),
                                              static_cast<const T*>(op.input),
                                              static_cast<const float*>(op.affine), op.activation};
-      const ForwardEpilogue<T> epilogue{channels_of(k, {op.residual, op.output}),
-                                        static_cast<const T*>(op.residual),
-                                        static_cast<T*>(op.output)};
       launch("preact_conv_forward", kernel, grid, Tile::kThreads, tiling.shared.total,
-             runtime.device, runtime.stream, tiling, rows, columns, source, op.weight, epilogue,
-             memory, static_cast<float*>(op.stats),
+             runtime.device, runtime.stream, tiling, rows, columns, source, op.weight,
+             ForwardEpilogue<T>(op), memory, static_cast<float*>(op.stats),
              AffineMaker(op.next.weight, op.next.bias, op.next.eps, op.next.affine));
     });
   });

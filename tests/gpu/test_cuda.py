@@ -101,6 +101,17 @@ def test_units_keep_the_tolerance_rule(unit, dtype, allow_tf32):
         assert_rule(on_gpu(make_case(dtype, **UNITS[unit])), dtype, allow_tf32=allow_tf32)
 
 
+def assert_sanitizer_finds_nothing(tool: str, script: str) -> None:
+    """A tool of compute-sanitizer, while a Python script that imports the tests runs."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer")
+    script = f"import sys; sys.path[:0] = {PATHS}\n{script}"
+    command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
 @pytest.fixture
 def warpgroups():
     """Convolutions multiply with wgmma, where they can."""
@@ -144,20 +155,14 @@ def test_units_by_warpgroups_keep_the_tolerance_rule(warpgroups, unit, dtype):
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_warpgroups_under_compute_sanitizer(warpgroups, tool):
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("no compute-sanitizer")
     script = (
-        f"import sys; sys.path[:0] = {PATHS}\n"
         "import torch\nfrom fused_preact import _C\nfrom gpu.test_cuda import OnGpu\n"
         "from cuda_emulator.cases import run\n"
         "from cuda_emulator.test_warpgroups import SHAPES\n"
         "_C.use_warpgroups(True)\n"
         "for i in (3, 6): run(OnGpu(), SHAPES[i], torch.bfloat16, 'relu', True)\n"
     )
-    command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert_sanitizer_finds_nothing(tool, script)
 
 
 @pytest.fixture
@@ -262,18 +267,12 @@ def test_second_device():
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
     """Every operator on a small odd shape, and on one with whole vectors."""
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("no compute-sanitizer")
     script = (
-        f"import sys; sys.path[:0] = {PATHS}\n"
         "import torch\nfrom gpu.test_cuda import OnGpu\n"
         "from cuda_emulator.cases import SHAPES, run\n"
         "for i in (4, 7): run(OnGpu(), SHAPES[i], torch.bfloat16, 'relu', True)\n"
     )
-    command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert_sanitizer_finds_nothing(tool, script)
 
 
 def test_predictions_stand_beside_measurements():

@@ -2,7 +2,6 @@
 // tile.
 #pragma once
 
-#include "../epilogues.cuh"
 #include "conv_warpgroups.cuh"
 #include "warpgroups.h"
 

@@ -9,6 +9,7 @@
 // that it is empty, and nobody waits for anybody else.
 #pragma once
 
+#include "../epilogues.cuh"
 #include "window.cuh"
 
 namespace preact::cuda {
@@ -36,7 +37,7 @@ struct GroupTile {
   // Of a warp, the results that are on their way, in a pitch with which neither the products'
   // layout nor pieces meet in a bank. In the end a warp's sums for the reduction lie there.
   static constexpr int kStageRows = 1024 / kChannels;
-  static constexpr int kStagePitch = kChannels + kChannels / 32 * 4 + (kChannels == 64 ? 0 : 8);
+  static constexpr int kStagePitch = stage_column(kChannels) + (kChannels == 64 ? 0 : 8);
   static constexpr int kStageBytes = kStageRows * kStagePitch * 4;
   // Of a thread that multiplies and of one that does not.
   static constexpr int kRegisters = kRegisters_, kOtherRegisters = kOtherRegisters_;
@@ -47,8 +48,6 @@ struct GroupTile {
 };
 using SlimGroups = GroupTile<1, 64, 3, 1, 2, 88, 64>;
 using WideGroups = GroupTile<2, 128, 6, 2, 1, 184, 72>;
-
-__host__ __device__ constexpr int group_column(int c) { return c + c / 32 * 4; }
 
 struct GroupBarriers {
   Barrier source_full[kSourceSlots], source_empty[kSourceSlots];
@@ -300,7 +299,7 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
           for (int j = 0; j < kSums / 4; ++j)
             store_shared(
                 reinterpret_cast<float2*>(stage + (8 * (h - h0) + lane / 4) * Tile::kStagePitch +
-                                          group_column(8 * j) + lane % 4 * 2),
+                                          stage_column(8 * j) + lane % 4 * 2),
                 make_float2(sums[i][4 * j + 2 * h], sums[i][4 * j + 2 * h + 1]));
         __syncwarp();
         if (row >= rows) continue;
@@ -321,7 +320,7 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
           for (int j = 0; j < kReads; ++j) {
             if (starts[j] < 0) continue;
             Piece v;
-            read_piece(stage + (at + j * rows) * Tile::kStagePitch + group_column(column * kPiece),
+            read_piece(stage + (at + j * rows) * Tile::kStagePitch + stage_column(column * kPiece),
                        v);
             mine.store(starts[j], reads[j], v);
           }

@@ -29,9 +29,8 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kResident) void dgrad_by_warp
 bool dgrad_by_warpgroups(const CudaRuntime& runtime, const PreactConvDgrad& op) {
   if (!warpgroups_can(runtime, op.dtype, op.activation, op.shape)) return false;
   const int64_t c = op.shape.input.channels, k = op.shape.output.channels;
-  const Channels results = channels_of(c, {op.addend, op.input, op.affine, op.residual, op.g});
-  if (!Gradient<bf16>(op.grad, op.shape.output).channels.vectors || !results.vectors ||
-      !weight_channels(op.weight, c).vectors)
+  if (!Gradient<bf16>(op.grad, op.shape.output).channels.vectors ||
+      !DgradEpilogue<bf16, false>(op).channels.vectors || !weight_channels(op.weight, c).vectors)
     return false;
   return run_on_warpgroups<true>(
       runtime, op, k, c, [&]<typename T, class Tile>(const GroupTiling& tiling) {
@@ -40,17 +39,9 @@ bool dgrad_by_warpgroups(const CudaRuntime& runtime, const PreactConvDgrad& op) 
         const int64_t groups = ceil_div(c, Tile::kChannels);
         ReductionMemory memory;
         if (op.sums) memory = {runtime, Sums::kValues, grid.x / groups, c, groups};
-        const DgradEpilogue<T, false> epilogue{results,
-                                               static_cast<const T*>(op.addend),
-                                               static_cast<const T*>(op.input),
-                                               static_cast<const float*>(op.affine),
-                                               op.activation,
-                                               op.frozen,
-                                               static_cast<const T*>(op.residual),
-                                               static_cast<T*>(op.g)};
         launch("preact_conv_dgrad", kernel, grid, Tile::kThreads, tiling.shared.total,
                runtime.device, runtime.stream, tiling, Gradient<T>(op.grad, op.shape.output),
-               op.weight, epilogue, memory, static_cast<float*>(op.sums));
+               op.weight, DgradEpilogue<T, false>(op), memory, static_cast<float*>(op.sums));
       });
 }
 

@@ -34,8 +34,9 @@ bool forward_by_warpgroups(const CudaRuntime& runtime, const PreactConvForward& 
   if (!warpgroups_can(runtime, op.dtype, op.activation, op.shape)) return false;
   const int64_t c = op.shape.input.channels, k = op.shape.output.channels;
   const Channels channels = channels_of(c, {op.input, op.affine});
-  const Channels results = channels_of(k, {op.residual, op.output});
-  if (!channels.vectors || !results.vectors || !weight_channels(op.weight, c).vectors) return false;
+  if (!channels.vectors || !ForwardEpilogue<bf16>(op).channels.vectors ||
+      !weight_channels(op.weight, c).vectors)
+    return false;
   return run_on_warpgroups<false>(
       runtime, op, c, k, [&]<typename T, class Tile>(const GroupTiling& tiling) {
         const auto kernel = forward_by_warpgroups_kernel<T, Tile>;
@@ -45,11 +46,9 @@ bool forward_by_warpgroups(const CudaRuntime& runtime, const PreactConvForward& 
         if (op.stats) memory = {runtime, Moments::kValues, grid.x / groups, k, groups};
         const Activated<T, false> source{channels, static_cast<const T*>(op.input),
                                          static_cast<const float*>(op.affine), op.activation};
-        const ForwardEpilogue<T> epilogue{results, static_cast<const T*>(op.residual),
-                                          static_cast<T*>(op.output)};
         launch("preact_conv_forward", kernel, grid, Tile::kThreads, tiling.shared.total,
-               runtime.device, runtime.stream, tiling, source, op.weight, epilogue, memory,
-               static_cast<float*>(op.stats),
+               runtime.device, runtime.stream, tiling, source, op.weight, ForwardEpilogue<T>(op),
+               memory, static_cast<float*>(op.stats),
                AffineMaker(op.next.weight, op.next.bias, op.next.eps, op.next.affine));
       });
 }
