@@ -6,8 +6,8 @@ forward, and nothing is cached. A child that somebody replaced, hooked or patche
 instead, and with it the whole unit runs child by child.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeGuard, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,15 @@ UNIT_KINDS = ("normal", "both_preact", "no_preact")
 Layer = TypeVar("Layer", bound=nn.Module)
 
 _ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+_BNS, _CONVS = ("bn1", "bn2", "bn3"), ("conv1", "conv2", "conv3")  # children by the layer
+
+
+class _Read(NamedTuple):
+    """What a forward pass takes from a unit's children."""
+
+    unit: Unit
+    counters: list[Tensor | None]  # num_batches_tracked where it counts
+    activation: str
 
 
 class PreActUnit(nn.Module):
@@ -53,10 +62,10 @@ class PreActUnit(nn.Module):
         _check_choice("activation", activation, tuple(_ACTIVATIONS))
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected a probability, got {dropout}")
-        for i, conv in enumerate(convs, 1):
-            reads_raw = i == 1 and self.preact == "no_preact"
-            self.register_module(f"bn{i}", None if reads_raw else nn.BatchNorm2d(conv.in_channels))
-            self.register_module(f"conv{i}", conv)
+        for i, conv in enumerate(convs):
+            reads_raw = i == 0 and self.preact == "no_preact"
+            self.register_module(_BNS[i], None if reads_raw else nn.BatchNorm2d(conv.in_channels))
+            self.register_module(_CONVS[i], conv)
         self.shortcut = nn.Sequential()
         if projects:
             self.shortcut.append(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False))
@@ -66,42 +75,51 @@ class PreActUnit(nn.Module):
 
         Raises ValueError for one value per channel in training, as nn.BatchNorm2d does.
         """
-        return _run_units([self], input) if self._is_plain() else self._call_children(input)
+        read = self._read()
+        return self._call_children(input) if read is None else _run_units([read], input)
 
     def extra_repr(self) -> str:
         return f"preact={self.preact!r}, activation={self.activation!r}, dropout={self.dropout}"
 
-    def _layers(self) -> tuple[list[Any], list[Any]]:
-        """Its bn1, bn2, ... and conv1, conv2, ..."""
-        modules, numbers = self._modules, range(1, self.depth + 1)
-        return [modules[f"bn{i}"] for i in numbers], [modules[f"conv{i}"] for i in numbers]
-
-    def _is_plain(self) -> bool:
-        """Whether its children are PyTorch's own layers, and nothing but they has to be called."""
-        bns, convs = self._layers()
-        return (
-            not (self.dropout and self.training)
-            and _is_unchanged(self.shortcut, nn.Sequential)
-            and len(self.shortcut) <= 1
-            and all(bn is None or _is_unchanged(bn, nn.BatchNorm2d) for bn in bns)
-            and all(_is_plain_conv(conv) for conv in [*convs, *self.shortcut])
-        )
-
-    def _read(self) -> Unit:
-        """Tensors and settings of a unit that is plain."""
-        bns, convs = self._layers()
-        return Unit(
-            [None if bn is None else _read_batch_norm(bn) for bn in bns],
-            [_read_conv(conv) for conv in convs],
-            "preact" if self.preact == "both_preact" else "input",
-            _read_conv(self.shortcut[0]) if len(self.shortcut) else None,
+    def _read(self) -> "_Read | None":
+        """Its tensors and settings, if its children are PyTorch's own layers and nothing but they
+        has to be called."""
+        modules: dict[str, Any] = self._modules
+        shortcut = modules["shortcut"]
+        if _has_any_global_hook() or (self.dropout and self.training):
+            return None
+        if not _is_unchanged(shortcut, nn.Sequential) or len(shortcut._modules) > 1:
+            return None
+        bns: list[BatchNorm | None] = []
+        counters = []
+        for name in _BNS[: self.depth]:
+            bn = modules[name]
+            if bn is None:
+                bns.append(None)
+                continue
+            if not _is_unchanged(bn, nn.BatchNorm2d):
+                return None
+            bns.append(_read_batch_norm(bn))
+            counters.append(_batch_counter(bn))
+        convs = [modules[name] for name in _CONVS[: self.depth]]
+        if not all(_is_plain_conv(conv) for conv in (*convs, *shortcut._modules.values())):
+            return None
+        return _Read(
+            Unit(
+                bns,
+                [_read_conv(conv) for conv in convs],
+                "preact" if self.preact == "both_preact" else "input",
+                _read_conv(shortcut[0]) if shortcut._modules else None,
+            ),
+            counters,
+            self.activation,
         )
 
     def _call_children(self, input: Tensor) -> Tensor:
-        bns, convs = self._layers()
         activate = _ACTIVATIONS[self.activation]
         u = input
-        for i, (bn, conv) in enumerate(zip(bns, convs, strict=True)):
+        for i in range(self.depth):
+            bn, conv = getattr(self, _BNS[i]), getattr(self, _CONVS[i])
             h = u if bn is None else activate(bn(u))
             if i == 0:
                 shortcut = self.shortcut(h if self.preact == "both_preact" else input)
@@ -195,39 +213,39 @@ class PreActStage(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """What calling its modules one after the other returns."""
-        together: list[PreActUnit] = []
+        together: list[_Read] = []
         for module in self:
-            unit = module if _runs_with_others(module) else None
-            if together and (unit is None or unit.activation != together[0].activation):
+            read = module._read() if _is_unit(module) else None
+            if together and (read is None or read.activation != together[0].activation):
                 input, together = _run_units(together, input), []
-            if unit is None:
+            if read is None:
                 input = module(input)
             else:
-                together.append(unit)
+                together.append(read)
         return _run_units(together, input) if together else input
 
 
-def _runs_with_others(module: nn.Module) -> TypeGuard[PreActUnit]:
+def _is_unit(module: nn.Module) -> TypeGuard[PreActUnit]:
+    """Whether calling module does what PreActUnit.forward does, and nothing else."""
     return (
         isinstance(module, PreActUnit)
         and type(module).forward is PreActUnit.forward
         and _is_unchanged(module, type(module))
-        and module._is_plain()
     )
 
 
-def _run_units(units: Sequence[PreActUnit], input: Tensor) -> Tensor:
-    """Plain units of one activation."""
-    _count_batch([bn for unit in units for bn in unit._layers()[0]])
-    activation = units[0].activation
-    return functional.preact_units(input, [unit._read() for unit in units], activation=activation)
+def _run_units(reads: Sequence[_Read], input: Tensor) -> Tensor:
+    """Units of one activation."""
+    _count_batch([counter for read in reads for counter in read.counters])
+    units = [read.unit for read in reads]
+    return functional.preact_units(input, units, activation=reads[0].activation)
 
 
 def bn_activation(bn: nn.Module, input: Tensor, activation: str) -> Tensor:
     """activation(bn(input)), fused where bn is a plain nn.BatchNorm2d; (N, C, H, W) both."""
-    if _is_unchanged(bn, nn.BatchNorm2d):
-        _count_batch([bn])
+    if _is_unchanged(bn, nn.BatchNorm2d) and not _has_any_global_hook():
         weight, bias, running_mean, running_var, training, momentum, eps = _read_batch_norm(bn)
+        _count_batch([_batch_counter(bn)])
         return functional.bn_relu(
             input,
             bn_weight=weight,
@@ -245,14 +263,14 @@ def bn_activation(bn: nn.Module, input: Tensor, activation: str) -> Tensor:
 def _is_plain_conv(conv: nn.Module) -> bool:
     return (
         _is_unchanged(conv, nn.Conv2d)
-        and conv.bias is None
+        and _tensor(conv, conv._parameters, "bias") is None
         and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
+        and type(conv.padding) is not str
     )
 
 
 def _is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
-    """Whether calling module does what kind.forward does, and nothing else."""
+    """Whether calling module does what kind.forward and global hooks do, and nothing else."""
     return (
         (type(module) is kind or type_before_parametrizations(module) is kind)
         and "forward" not in module.__dict__
@@ -260,31 +278,38 @@ def _is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and not _has_any_global_hook()
     )
 
 
-def _count_batch(bns: Sequence[nn.BatchNorm2d | None]) -> None:
-    """num_batches_tracked of all of them, as nn.BatchNorm2d.forward counts, in one launch."""
-    counting = [bn for bn in bns if bn is not None and bn.training and bn.track_running_stats]
-    counters = [bn.num_batches_tracked for bn in counting if bn.num_batches_tracked is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
+def _count_batch(counters: Sequence[Tensor | None]) -> None:
+    """As nn.BatchNorm2d.forward counts, all in one launch."""
+    counting = [counter for counter in counters if counter is not None]
+    if counting:
+        torch._foreach_add_(counting, 1)
+
+
+def _batch_counter(bn: nn.BatchNorm2d) -> Tensor | None:
+    """What nn.BatchNorm2d.forward counts a batch with, if it does."""
+    counts = bn.training and bn.track_running_stats
+    return _tensor(bn, bn._buffers, "num_batches_tracked") if counts else None
 
 
 def _read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
     """What nn.BatchNorm2d.forward passes to batch_norm once it has counted the batch."""
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    counts = bn.training and bn.track_running_stats
-    if bn.momentum is None and counts and bn.num_batches_tracked is not None:
-        momentum = 1.0 / float(bn.num_batches_tracked)  # the average of all batches
-    uses_running = not bn.training or bn.track_running_stats
+    parameters, buffers, training, momentum = bn._parameters, bn._buffers, bn.training, bn.momentum
+    if momentum is None:  # the average of all batches
+        counter = _batch_counter(bn)
+        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1)
+    mean = var = None
+    if not training or bn.track_running_stats:
+        mean = _tensor(bn, buffers, "running_mean")
+        var = _tensor(bn, buffers, "running_var")
     return BatchNorm(
-        bn.weight,
-        bn.bias,
-        bn.running_mean if uses_running else None,
-        bn.running_var if uses_running else None,
-        bn.training or (bn.running_mean is None and bn.running_var is None),
+        _tensor(bn, parameters, "weight"),
+        _tensor(bn, parameters, "bias"),
+        mean,
+        var,
+        training or (mean is None and var is None),
         momentum,
         bn.eps,
     )
@@ -294,7 +319,13 @@ def _read_conv(conv: Any) -> Conv:
     """The settings of a plain nn.Conv2d."""
     rows, columns = conv.padding
     padding = (rows, rows, columns, columns)
-    return Conv(conv.weight, conv.stride, padding, conv.dilation, conv.groups)
+    weight = _tensor(conv, conv._parameters, "weight")
+    return Conv(weight, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def _tensor(module: nn.Module, registered: Mapping[str, Any], name: str) -> Any:
+    """module's attribute; by nn.Module.__getattr__ it takes five times as long."""
+    return registered[name] if name in registered else getattr(module, name)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -44,10 +44,6 @@ class Conv(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    @property
-    def geometry(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.groups
-
 
 class Unit(NamedTuple):
     """A residual unit: u[i+1] = conv[i](activation(bn[i](u[i]))), plus a shortcut."""
@@ -232,7 +228,7 @@ def _run_units(
     bns = [bn for unit in units for bn in unit.bns]
     convs = [conv for unit in units for conv in unit.convs]
     planned = [conv for unit in units for conv in (*unit.convs, unit.projection) if conv]
-    operators = ops.plan(input, *_most_general(planned))
+    operators = ops.plan(input, planned)
     input = ops.channels_last(input)
     takes_stats = [bn is not None and bn.training for bn in bns]
     config = _UnitsConfig(
@@ -240,7 +236,7 @@ def _run_units(
         activation,
         [unit.shortcut or "none" for unit in units],
         [len(unit.convs) for unit in units],
-        [size for conv in planned for size in _flat_geometry(conv)],
+        _geometries(planned),
         [0.0 if bn is None else bn.eps for bn in bns],
         takes_stats,
         any(takes_stats) and not torch.compiler.is_compiling(),
@@ -332,6 +328,7 @@ class _PreActUnits(Function):
         if dy is None:
             return (None,) * (3 + 4 * n + units)
         needs_weights, needs_gammas, needs_betas, _, needs_projections = _split(needs, n)
+        needs_sums = [gamma or beta for gamma, beta in zip(needs_gammas, needs_betas, strict=True)]
         saved = ctx.saved_tensors
         dx, dweights, sums, dprojections = config.operators.preact_units_backward(
             dy.contiguous(memory_format=torch.channels_last),
@@ -346,17 +343,21 @@ class _PreActUnits(Function):
             config.activation,
             needs_input,
             needs_weights,
-            [gamma or beta for gamma, beta in zip(needs_gammas, needs_betas, strict=True)],
+            needs_sums,
             needs_projections,
             config.allow_tf32,
         )
+        rows = (
+            s.unbind() if need else (None, None) for need, s in zip(needs_sums, sums, strict=True)
+        )
+        dbetas, dgammas = zip(*rows, strict=True)
         return _once(
             dx if needs_input else None,
             dy if needs_residual else None,
             None,
             *_where(needs_weights, dweights),
-            *(s[1] if needs else None for needs, s in zip(needs_gammas, sums, strict=True)),
-            *(s[0] if needs else None for needs, s in zip(needs_betas, sums, strict=True)),
+            *_where(needs_gammas, dgammas),
+            *_where(needs_betas, dbetas),
             *(None,) * n,
             *_where(needs_projections, dprojections),
         )
@@ -418,10 +419,13 @@ class _BnRelu(Function):
 
 def _needs_input_grad(ctx: Any) -> tuple[bool, ...]:
     """ctx.needs_input_grad, less what torch.autograd.grad(outputs, inputs) does not ask for."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_wanted(_NODE_OF_NO_GRAPH):  # all are
         return ctx.needs_input_grad
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return tuple(needs and _is_wanted(next(nodes)) for needs in ctx.needs_input_grad)
+
+
+_NODE_OF_NO_GRAPH = torch.zeros((), requires_grad=True).clone().grad_fn
 
 
 def _is_wanted(node: Any) -> bool:
@@ -536,14 +540,12 @@ def _values_per_channel(shape: Sequence[int]) -> int:
     return shape[0] * shape[2] * shape[3]
 
 
-def _flat_geometry(conv: Conv) -> tuple[int, ...]:
-    return *conv.stride, *conv.padding, *conv.dilation, conv.groups
-
-
-def _most_general(convs: Sequence[Conv]) -> tuple[tuple[int, int], int, int]:
-    dilation = max(conv.dilation[0] for conv in convs), max(conv.dilation[1] for conv in convs)
-    taps = max(conv.weight.shape[2:].numel() for conv in convs)
-    return dilation, max(conv.groups for conv in convs), taps
+def _geometries(convs: Sequence[Conv]) -> list[int]:
+    """As units.Chain has them."""
+    flat: list[int] = []
+    for _, stride, padding, dilation, groups in convs:
+        flat += (*stride, *padding, *dilation, groups)
+    return flat
 
 
 def _check_input(input: Tensor) -> None:
@@ -558,10 +560,13 @@ def _check_activation(activation: str) -> None:
         raise ValueError(f"activation: expected 'relu' or 'silu', got {activation!r}")
 
 
+_BN_VECTORS = BatchNorm._fields[:4]
+
+
 def _check_bn(bn: BatchNorm, channels: int, name: str = "") -> None:
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        vector = getattr(bn, field)
-        if vector is not None and tuple(vector.shape) != (channels,):
+    expected = (channels,)
+    for field, vector in zip(_BN_VECTORS, bn[:4], strict=True):
+        if vector is not None and vector.shape != expected:
             argument = field if field.startswith("running") else f"bn_{field}"
             raise ValueError(
                 f"{name}{argument}: expected shape ({channels},), got {tuple(vector.shape)}"
@@ -582,24 +587,25 @@ def _check_batch(bn: BatchNorm | None, shape: Sequence[int]) -> None:
 
 def _check_conv(conv: Conv, shape: Sequence[int], name: str) -> tuple[int, ...]:
     """Raises ValueError; returns the shape of the output."""
-    weight = conv.weight
-    if weight.dim() != 4 or weight.shape[1] * conv.groups != shape[1]:
+    weight, stride, padding, dilation, groups = conv
+    weight_shape = weight.shape
+    if len(weight_shape) != 4 or weight_shape[1] * groups != shape[1]:
         raise ValueError(
-            f"{name}: expected shape (K, {shape[1] // conv.groups}, R, S), "
-            f"got {tuple(weight.shape)}"
+            f"{name}: expected shape (K, {shape[1] // groups}, R, S), got {tuple(weight_shape)}"
         )
-    if min(conv.stride) < 1 or min(conv.dilation) < 1 or min(conv.padding) < 0:
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
         raise ValueError(
             f"{name}: expected stride and dilation >= 1 and padding >= 0, got stride "
-            f"{conv.stride}, dilation {conv.dilation}, padding {conv.padding}"
+            f"{stride}, dilation {dilation}, padding {padding}"
         )
-    size = fakes.output_size(shape, weight.shape[2:], conv.stride, conv.padding, conv.dilation)
-    if min(size) < 1:
+    filters, _, *kernel_size = weight_shape
+    height, width = fakes.output_size(shape, kernel_size, stride, padding, dilation)
+    if height < 1 or width < 1:
         raise ValueError(
-            f"{name}: a kernel of {tuple(weight.shape[2:])} does not fit into an input of "
-            f"{tuple(shape[2:])} with padding {conv.padding}"
+            f"{name}: a kernel of {tuple(kernel_size)} does not fit into an input of "
+            f"{tuple(shape[2:])} with padding {padding}"
         )
-    return shape[0], weight.shape[0], *size
+    return shape[0], filters, height, width
 
 
 def _check_unit(

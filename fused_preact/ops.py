@@ -8,10 +8,10 @@ the signatures of reference.py.
     cuda        torch.ops.fused_preact on CUDA tensors: the CUDA kernels of csrc/cuda
     triton      torch.ops.fused_preact_triton on CUDA tensors; on CPU tensors in its interpreter
 
-plan() picks one for a whole unit, forward and backward, plan_conv() then for each convolution
-whether its own kernels run it, or PyTorch's convolution between pointwise ones (composed.py).
-plan_units() gives what runs units one after the other: torch.ops.fused_preact in one call where all
-of their convolutions are native, else layer by layer (units.py).
+plan() picks one for units that share a call, forward and backward, plan_units() then for each of
+their convolutions whether its own kernels run it, or PyTorch's convolution between pointwise ones
+(composed.py). Where all are native, torch.ops.fused_preact runs the units in one call, else
+units.py layer by layer.
 
 Three more names can be asked for: "auto", the planner's own choice; "composed", every convolution
 by PyTorch; and "eager", PyTorch's layers under PyTorch's autograd (double backward, export).
@@ -101,17 +101,17 @@ def current_backend() -> str:
     return _forced
 
 
-def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1, taps: int = 1) -> Any:
-    """The namespace of operators for a unit that reads input, under the current backend.
+def plan(input: Tensor, convs: Sequence[Any] = ()) -> Any:
+    """The namespace of operators for units that read input, under the current backend.
 
-    dilation, groups and taps, the values of a kernel, are the largest of its convolutions'.
+    convs are their convolutions, functional.Conv.
     """
     name = _forced
     if name in ("auto", "composed"):
-        name, dilation, groups, taps = _automatic(input), (1, 1), 1, 1
+        name, convs = _automatic(input), ()  # what its kernels cannot do is composed
     if name == "reference":
         return reference
-    reason = _refusal(name, input, dilation, groups, taps)
+    reason = _refusal(name, input, convs)
     if reason is None:
         if name != "triton":
             return torch.ops.fused_preact
@@ -121,40 +121,39 @@ def plan(input: Tensor, dilation: tuple[int, int] = (1, 1), groups: int = 1, tap
     return reference
 
 
-def plan_conv(
-    operators: Any, weight: Tensor, dilation: tuple[int, int], groups: int, input: Tensor
-) -> Any:
-    """Who runs one convolution of a unit that plan() gave to operators; input is the unit's."""
-    if operators is reference or _forced not in ("auto", "composed"):
-        return operators
-    general = tuple(dilation) != (1, 1) or groups != 1
-    if weight.device.type == "cuda":
-        general = general or weight.shape[2:].numel() > _MOST_CUDA_TAPS
-    composed = general or _forced == "composed" or _is_much_work(weight, input)
-    return Composed(operators) if composed else operators
-
-
-def _is_much_work(weight: Tensor, input: Tensor) -> bool:
-    if weight.device.type == "cuda":
-        pixels = input.shape[0] * input.shape[2] * input.shape[3]
-        return weight.numel() * pixels >= _COMPOSED_FROM["cuda"]
-    # PyTorch takes several times as long where the processor has no instruction for it.
-    if input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
-        return False
-    return weight.numel() >= _COMPOSED_FROM.get(_cpu_tile(), math.inf)
-
-
 def plan_units(operators: Any, convs: Sequence[Any], input: Tensor) -> Any:
     """Who has preact_units_forward and _backward for units that plan() gave to operators.
 
     convs are their convolutions, functional.Conv, in the order of units.Chain.
     """
-    each = tuple(
-        plan_conv(operators, conv.weight, conv.dilation, conv.groups, input) for conv in convs
-    )
-    if any(conv is not operators for conv in each):
-        return Chain(operators, each)
+    if operators is not reference and _forced in ("auto", "composed"):
+        per_value, much = _much_work(input)
+        composed = [
+            _forced == "composed"
+            or conv.weight.numel() * per_value >= much
+            or conv.dilation != (1, 1)
+            or conv.groups != 1
+            or (input.is_cuda and _taps(conv) > _MOST_CUDA_TAPS)
+            for conv in convs
+        ]
+        if any(composed):
+            each = (Composed(operators) if one else operators for one in composed)
+            return Chain(operators, tuple(each))
     return operators if operators is torch.ops.fused_preact else Chain(operators)
+
+
+def _much_work(input: Tensor) -> tuple[int, float]:
+    """What a weight's value counts, and from what sum on PyTorch's convolution is faster."""
+    if input.is_cuda:
+        return input.shape[0] * input.shape[2] * input.shape[3], _COMPOSED_FROM["cuda"]
+    # PyTorch takes several times as long where the processor has no instruction for it.
+    if input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        return 1, math.inf
+    return 1, _COMPOSED_FROM.get(_cpu_tile(), math.inf)
+
+
+def _taps(conv: Any) -> int:
+    return conv.weight.shape[2] * conv.weight.shape[3]
 
 
 def channels_last(input: Tensor) -> Tensor:
@@ -211,18 +210,16 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _refusal(
-    name: str, input: Tensor, dilation: tuple[int, int], groups: int, taps: int
-) -> str | None:
+def _refusal(name: str, input: Tensor, convs: Sequence[Any]) -> str | None:
     if input.device.type != _device(name):
         return f"{input.device.type} tensors"
     if input.dtype not in _DTYPES[name]:
         return f"{input.dtype} on {input.device.type}"
-    if tuple(dilation) != (1, 1):
+    if any(conv.dilation != (1, 1) for conv in convs):
         return "dilated convolutions"
-    if groups != 1:
+    if any(conv.groups != 1 for conv in convs):
         return "grouped convolutions"
-    if name == "cuda" and taps > _MOST_CUDA_TAPS:
+    if name == "cuda" and any(_taps(conv) > _MOST_CUDA_TAPS for conv in convs):
         return f"kernels of more than {_MOST_CUDA_TAPS} values"
     if name == "triton" and input.shape[2] * input.shape[3] >= 2**31 - 2**16:
         return "images of 2^31 pixels"

@@ -91,7 +91,7 @@ def operands(
         deferred=(output, affine_of(output, randn(channels), randn(channels)), sums)
         if deferred
         else (None, None, None),
-        geometry=layer.geometry,
+        geometry=layer[1:],
     )
 
 

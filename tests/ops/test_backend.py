@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 import fused_preact
 from fused_preact import ops, reference
 from fused_preact.composed import Composed
+from fused_preact.functional import Conv
 
 X3 = [(8, (3, 3), (1, 1), (1, 1, 1, 1))]
 
@@ -137,16 +138,17 @@ def test_cuda_refuses_large_kernels(monkeypatch):
     monkeypatch.setattr(ops, "_cuda_status", lambda: None)
     with FakeTensorMode():
         input = torch.empty(1, 3, 32, 32, device="cuda")
-        small, large = (torch.empty(3, 3, 7, side, device="cuda") for side in (7, 8))
+        small, large = (Conv(torch.empty(3, 3, 7, side, device="cuda")) for side in (7, 8))
     monkeypatch.setattr(ops, "_forced", "cuda")
-    assert ops.plan(input, taps=49) is torch.ops.fused_preact
+    assert ops.plan(input, [small]) is torch.ops.fused_preact
     with pytest.warns(UserWarning, match="'cuda' does not run kernels of more than 49 values"):
-        assert ops.plan(input, taps=56) is reference
+        assert ops.plan(input, [small, large]) is reference
     monkeypatch.setattr(ops, "_forced", "auto")
-    operators = ops.plan(input, taps=56)
+    operators = ops.plan(input, [small, large])
     assert operators is torch.ops.fused_preact
-    assert ops.plan_conv(operators, small, (1, 1), 1, input) is operators
-    assert isinstance(ops.plan_conv(operators, large, (1, 1), 1, input), Composed)
+    assert ops.plan_units(operators, [small], input) is operators
+    kept, composed = ops.plan_units(operators, [small, large], input).convs
+    assert kept is operators and isinstance(composed, Composed)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +159,10 @@ def test_cuda_refuses_large_kernels(monkeypatch):
 def test_cuda_composes_what_is_much_work(channels, side, composed):
     """Images of 32x32 at batch 128; side is that of the input of a stage."""
     with FakeTensorMode():
-        weight = torch.empty(channels, channels, 3, 3, device="cuda")
+        conv = Conv(torch.empty(channels, channels, 3, 3, device="cuda"))
         input = torch.empty(128, channels, side, side, device="cuda")
-    planned = ops.plan_conv(torch.ops.fused_preact, weight, (1, 1), 1, input)
-    assert isinstance(planned, Composed) == composed
+    planned = ops.plan_units(torch.ops.fused_preact, [conv], input)
+    assert (planned is not torch.ops.fused_preact) == composed
 
 
 def test_layout_warns_once():

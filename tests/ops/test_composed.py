@@ -10,6 +10,8 @@ from operands import DTYPES, GEOMETRIES, NONE, ONE, SAME, X3, operands
 import fused_preact
 from fused_preact import ops, reference
 from fused_preact.composed import Composed
+from fused_preact.functional import Conv
+from fused_preact.units import Chain
 
 BOTTLENECK = [(8, ONE, ONE, NONE), (8, X3, ONE, SAME), (16, ONE, ONE, NONE)]
 PROJECTION = {"shortcut": "preact", "projection": (16, ONE, ONE, NONE)}
@@ -123,12 +125,12 @@ def test_plan_by_width(wide_from_nine_taps, called):
 
 def test_bfloat16_is_composed_where_it_is_multiplied(wide_from_nine_taps, monkeypatch):
     """By instructions for it: without, PyTorch's convolution takes several times as long."""
-    weight = torch.empty(8, 8, 3, 3)
+    conv = Conv(torch.empty(8, 8, 3, 3))
     input = torch.empty(1, 8, 4, 4, dtype=torch.bfloat16)
     for multiplies in (True, False):
         monkeypatch.setattr(ops, "_multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
-        planned = ops.plan_conv(torch.ops.fused_preact, weight, (1, 1), 1, input)
-        assert isinstance(planned, Composed) == multiplies
+        planned = ops.plan_units(torch.ops.fused_preact, [conv], input)
+        assert (planned is not torch.ops.fused_preact) == multiplies
 
 
 def test_forced_kernels_stay(wide_from_nine_taps, called):
@@ -150,5 +152,6 @@ def test_compiled(wide_from_nine_taps, compiled):
 
 def test_reference_is_never_composed():
     """Whose every device and dtype is the point."""
-    weight = torch.empty(1024, 1024, 3, 3)
-    assert ops.plan_conv(reference, weight, (2, 2), 2, torch.empty(1, 1024, 1, 1)) is reference
+    conv = Conv(torch.empty(1024, 1024, 3, 3), dilation=(2, 2), groups=2)
+    planned = ops.plan_units(reference, [conv], torch.empty(1, 2048, 1, 1))
+    assert planned == Chain(reference)
