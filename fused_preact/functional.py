@@ -419,13 +419,10 @@ class _BnRelu(Function):
 
 def _needs_input_grad(ctx: Any) -> tuple[bool, ...]:
     """ctx.needs_input_grad, less what torch.autograd.grad(outputs, inputs) does not ask for."""
-    if torch.compiler.is_compiling() or _is_wanted(_NODE_OF_NO_GRAPH):  # all are
+    if torch.compiler.is_compiling():
         return ctx.needs_input_grad
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return tuple(needs and _is_wanted(next(nodes)) for needs in ctx.needs_input_grad)
-
-
-_NODE_OF_NO_GRAPH = torch.zeros((), requires_grad=True).clone().grad_fn
 
 
 def _is_wanted(node: Any) -> bool:

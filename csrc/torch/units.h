@@ -26,9 +26,10 @@ inline Tensor nothing(const Tensor& like) {
   return torch::stable::empty({0}, like.scalar_type(), std::nullopt, like.device());
 }
 
-inline Tensors nothings(const Tensor& like, size_t count) {
+inline Tensors or_nothing(const OptionalTensors& tensors, const Tensor& like) {
   Tensors result;
-  for (size_t i = 0; i < count; ++i) result.push_back(nothing(like));
+  result.reserve(tensors.size());
+  for (const OptionalTensor& tensor : tensors) result.push_back(tensor ? *tensor : nothing(like));
   return result;
 }
 
@@ -161,8 +162,7 @@ struct UnitOperators {
     OptionalTensors by_conv(n - affines.size());
     by_conv.insert(by_conv.end(), affines.begin(), affines.end());
 
-    Tensors dweights = nothings(grad, n), sums = nothings(grad, n);
-    Tensors dprojections = nothings(grad, all.units.size());
+    OptionalTensors dweights(n), sums(n), dprojections(all.units.size());
     Tensor g = grad;
     // Where there is an output, g is of the BatchNorm that reads it, whose backward pass ends when
     // the next operator loads g. If it is a unit's output, the gradient `joins` is added then.
@@ -222,7 +222,7 @@ struct UnitOperators {
         // with frozen statistics, or without any, g is the gradient of inputs[k] itself
         output = batch_stats[k] ? OptionalTensor(inputs[k]) : std::nullopt;
         output_affine = batch_stats[k] ? by_conv[k] : std::nullopt;
-        output_sums = batch_stats[k] ? OptionalTensor(sums[k]) : std::nullopt;
+        output_sums = batch_stats[k] ? sums[k] : std::nullopt;
       }
       if (needs_projections[j]) {
         const auto [stride, padding, dilation, groups] = all.geometry(unit, unit.end);
@@ -242,7 +242,7 @@ struct UnitOperators {
     }
     end_backward_pass();
     call.finish();
-    return {g, dweights, sums, dprojections};
+    return {g, or_nothing(dweights, grad), or_nothing(sums, grad), or_nothing(dprojections, grad)};
   }
 
  private:
