@@ -4,7 +4,7 @@
     g = bn_relu_backward(dgrad(residual_grad(g', u')))      dW = wgrad(bn_relu_forward(u), dy)
 
 Three more passes over memory than a fused kernel, for layers so wide that arithmetic is what counts
-and the vendor's convolution is faster at it (see ops.plan_units); and for grouped and dilated ones.
+and the vendor's convolution is faster at it (see ops.plan_convs); and for grouped and dilated ones.
 The same operators as reference.py defines, but that dW comes in the dtype of the activations, as
 PyTorch rounds it: another pass over a wide weight would not bring back what is lost. h and dy are
 computed again, never saved. TF32 is as torch.backends.cudnn has it when the convolution runs.

@@ -232,7 +232,7 @@ def _run_units(
     input = ops.channels_last(input)
     takes_stats = [bn is not None and bn.training for bn in bns]
     config = _UnitsConfig(
-        ops.plan_units(operators, planned, input),
+        ops.units_of(operators),
         activation,
         [unit.shortcut or "none" for unit in units],
         [len(unit.convs) for unit in units],
@@ -242,6 +242,7 @@ def _run_units(
         any(takes_stats) and not torch.compiler.is_compiling(),
         torch.is_grad_enabled(),
         ops.allow_tf32(),
+        ops.plan_convs(operators, planned, input),
     )
     given = [None if bns[0] is None else _input_statistics(operators, input, bns[0])]
     given += [
@@ -271,7 +272,7 @@ def _run_units(
 class _UnitsConfig(NamedTuple):
     """What does not change from call to call; as units.Chain has it."""
 
-    operators: Any  # who has preact_units_forward and _backward, ops.plan_units
+    operators: Any  # who has preact_units_forward and _backward, ops.units_of
     activation: str
     shortcuts: list[str]
     depths: list[int]
@@ -281,6 +282,7 @@ class _UnitsConfig(NamedTuple):
     hands_on: bool  # take the output's statistics for the unit that follows
     with_grad: bool
     allow_tf32: bool
+    composed: list[bool]
 
 
 class _PreActUnits(Function):
@@ -313,6 +315,7 @@ class _PreActUnits(Function):
             config.hands_on,
             config.with_grad and any(ctx.needs_input_grad),
             config.allow_tf32,
+            config.composed,
         )
         ctx.config = config
         ctx.save_for_backward(input, *inputs, *weights, *projections, *affines)
@@ -346,6 +349,7 @@ class _PreActUnits(Function):
             needs_sums,
             needs_projections,
             config.allow_tf32,
+            config.composed,
         )
         rows = (
             s.unbind() if need else (None, None) for need, s in zip(needs_sums, sums, strict=True)

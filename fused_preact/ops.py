@@ -8,10 +8,10 @@ the signatures of reference.py.
     cuda        torch.ops.fused_preact on CUDA tensors: the CUDA kernels of csrc/cuda
     triton      torch.ops.fused_preact_triton on CUDA tensors; on CPU tensors in its interpreter
 
-plan() picks one for units that share a call, forward and backward, plan_units() then for each of
+plan() picks one for units that share a call, forward and backward, plan_convs() then for each of
 their convolutions whether its own kernels run it, or PyTorch's convolution between pointwise ones
-(composed.py). Where all are native, torch.ops.fused_preact runs the units in one call, else
-units.py layer by layer.
+(composed.py). torch.ops.fused_preact runs the units in one call, for others units.py does it layer
+by layer.
 
 Three more names can be asked for: "auto", the planner's own choice; "composed", every convolution
 by PyTorch; and "eager", PyTorch's layers under PyTorch's autograd (double backward, export).
@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from . import _C, fakes, reference  # _C registers torch.ops.fused_preact
-from .composed import Composed
 from .units import Chain
 
 BACKENDS = ("auto", "composed", "eager", "reference", "cpu", "cuda", "triton")
@@ -121,24 +120,26 @@ def plan(input: Tensor, convs: Sequence[Any] = ()) -> Any:
     return reference
 
 
-def plan_units(operators: Any, convs: Sequence[Any], input: Tensor) -> Any:
-    """Who has preact_units_forward and _backward for units that plan() gave to operators.
+def plan_convs(operators: Any, convs: Sequence[Any], input: Tensor) -> list[bool]:
+    """For each convolution of units that plan() gave to operators: whether it is composed.
 
-    convs are their convolutions, functional.Conv, in the order of units.Chain.
+    convs are functional.Conv, in the order of units.Chain.
     """
-    if operators is not reference and _forced in ("auto", "composed"):
-        per_value, much = _much_work(input)
-        composed = [
-            _forced == "composed"
-            or conv.weight.numel() * per_value >= much
-            or conv.dilation != (1, 1)
-            or conv.groups != 1
-            or (input.is_cuda and _taps(conv) > _MOST_CUDA_TAPS)
-            for conv in convs
-        ]
-        if any(composed):
-            each = (Composed(operators) if one else operators for one in composed)
-            return Chain(operators, tuple(each))
+    if operators is reference or _forced not in ("auto", "composed"):
+        return [False] * len(convs)
+    per_value, much = _much_work(input)
+    return [
+        _forced == "composed"
+        or conv.weight.numel() * per_value >= much
+        or conv.dilation != (1, 1)
+        or conv.groups != 1
+        or (input.is_cuda and _taps(conv) > _MOST_CUDA_TAPS)
+        for conv in convs
+    ]
+
+
+def units_of(operators: Any) -> Any:
+    """Who has preact_units_forward and _backward for units that plan() gave to operators."""
     return operators if operators is torch.ops.fused_preact else Chain(operators)
 
 

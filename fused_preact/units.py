@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .composed import Composed
+
 GEOMETRY = 9  # integers: stride, padding (top, bottom, left, right), dilation, groups
 
 
@@ -21,7 +23,6 @@ class Chain(NamedTuple):
     """
 
     operators: Any  # a namespace with the functions of reference.py
-    convs: tuple[Any, ...] = ()  # or, in the order of geometries, what runs each convolution
 
     def preact_units_forward(
         self,
@@ -40,6 +41,7 @@ class Chain(NamedTuple):
         with_stats: bool,
         for_backward: bool,
         allow_tf32: bool = False,
+        composed: Sequence[bool] = (),
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """The last unit's output, and what its backward pass and running statistics need.
 
@@ -52,6 +54,8 @@ class Chain(NamedTuple):
         shortcuts    what each unit adds: "input", "preact" (the activated input), or "none".
         with_stats   whether to take the output's statistics.
         for_backward whether to return the second and third result, which are empty otherwise.
+        composed     for each of geometries, whether PyTorch's convolution runs it, between the
+                     operators' pointwise kernels (composed.py); none where it is empty.
         Returns      the output; the input of each convolution but the first; the affine of each
                      BatchNorm; for each convolution the statistics of its output, (2, 0) where
                      nobody asks.
@@ -73,12 +77,13 @@ class Chain(NamedTuple):
                             geometries,
                             activation,
                             allow_tf32,
+                            composed,
                         )
                 is_output = k + 1 == len(weights)
                 next_bn: tuple[Any, ...] = ()
                 if not is_output and stats[k + 1] is None:
                     next_bn = bn_weights[k + 1], bn_biases[k + 1], eps[k + 1]
-                u, output_stats, affine = self._conv(unit.at(k)).preact_conv_forward(
+                u, output_stats, affine = self._conv(composed, unit.at(k)).preact_conv_forward(
                     u,
                     affine,
                     weights[k],
@@ -118,6 +123,7 @@ class Chain(NamedTuple):
         needs_sums: Sequence[bool],
         needs_projections: Sequence[bool],
         allow_tf32: bool = False,
+        composed: Sequence[bool] = (),
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """The gradients, from that of the last unit's output.
 
@@ -151,7 +157,7 @@ class Chain(NamedTuple):
                 deferred, joins = self._end_backward_pass(joins, deferred), None
             dy, to_shortcut = deferred[0], None
             for k in reversed(range(first, unit.end)):
-                conv, geometry = self._conv(unit.at(k)), _geometry(geometries, unit.at(k))
+                conv, geometry = self._conv(composed, unit.at(k)), _geometry(geometries, unit.at(k))
                 if not (
                     needs_before or any(needs_weights[first:k]) or any(needs_sums[first : k + 1])
                 ):
@@ -168,7 +174,7 @@ class Chain(NamedTuple):
                     break
                 if k == first and shortcuts[j] != "none" and (needs_before or joins_h):
                     to_shortcut = self._shortcut_grad(
-                        dy, input, projection, unit, geometries, allow_tf32
+                        dy, input, projection, unit, geometries, allow_tf32, composed
                     )
                 frozen = by_conv[k] is not None and not batch_stats[k]
                 if k == last and deferred[1] is not None:
@@ -205,7 +211,7 @@ class Chain(NamedTuple):
                 if batch_stats[k]:
                     deferred = g, inputs[k], by_conv[k], sums[k]
             if needs_projections[j] and projection is not None:
-                dprojections[j] = self._conv(unit.at_projection).preact_conv_wgrad(
+                dprojections[j] = self._conv(composed, unit.at_projection).preact_conv_wgrad(
                     dy,
                     None,
                     None,
@@ -228,28 +234,30 @@ class Chain(NamedTuple):
             return deferred
         return self.operators.residual_grad(joins, *deferred), None, None, None
 
-    def _conv(self, at: int) -> Any:
-        return self.convs[at] if self.convs else self.operators
+    def _conv(self, composed: Sequence[bool], at: int) -> Any:
+        return Composed(self.operators) if composed and composed[at] else self.operators
 
     def _affine(self, stats, weight, bias, eps):
         return None if stats is None else self.operators.bn_affine(stats, weight, bias, eps)
 
-    def _shortcut(self, input, affine, projection, unit, geometries, activation, allow_tf32):
+    def _shortcut(
+        self, input, affine, projection, unit, geometries, activation, allow_tf32, composed
+    ):
         if projection is None:
             if affine is None:
                 return input
             return self.operators.bn_relu_forward(input, affine, activation)
         geometry = _geometry(geometries, unit.at_projection)
-        return self._conv(unit.at_projection).preact_conv_forward(
+        return self._conv(composed, unit.at_projection).preact_conv_forward(
             input, affine, projection, None, *geometry, activation, False, allow_tf32
         )[0]
 
-    def _shortcut_grad(self, grad, input, projection, unit, geometries, allow_tf32):
+    def _shortcut_grad(self, grad, input, projection, unit, geometries, allow_tf32, composed):
         """Of what the shortcut reads."""
         if projection is None:
             return grad
         geometry = _geometry(geometries, unit.at_projection)
-        return self._conv(unit.at_projection).preact_conv_dgrad(
+        return self._conv(composed, unit.at_projection).preact_conv_dgrad(
             grad,
             None,
             None,

@@ -1,9 +1,9 @@
 // The operators fused_preact::preact_units_forward and preact_units_backward: residual units one
-// after the other in one call, layer by layer through the operators of operators.h.
+// after the other in one call, layer by layer through the operators of operators.h or composed.h.
 // fused_preact/units.py has the same passes for any backend, and says what the arguments mean.
 #pragma once
 
-#include "operators.h"
+#include "composed.h"
 
 namespace preact {
 
@@ -53,17 +53,19 @@ struct Units {
   const std::vector<std::string>& shortcuts;
   const std::string& activation;
   const bool allow_tf32;
+  const Flags& composed_convs;
   std::vector<UnitLayers> units;
 
   Units(const Tensors& weights, const OptionalTensors& projections, const Sizes& depths,
         const Sizes& geometries, const std::vector<std::string>& shortcuts,
-        const std::string& activation, bool allow_tf32)
+        const std::string& activation, bool allow_tf32, const Flags& composed)
       : weights(weights),
         projections(projections),
         geometries(geometries),
         shortcuts(shortcuts),
         activation(activation),
-        allow_tf32(allow_tf32) {
+        allow_tf32(allow_tf32),
+        composed_convs(composed) {
     check_count("projections", projections, depths.size());
     check_count("shortcuts", shortcuts, depths.size());
     size_t first = 0, shift = 0;
@@ -78,6 +80,7 @@ struct Units {
     check(first > 0, "depths: expected at least one unit");
     check_count("weights", weights, first);
     check_count("geometries", geometries, kGeometry * (first + shift));
+    if (!composed.empty()) check_count("composed", composed, first + shift);
   }
 
   // Of convolution k of a unit; its projection is k = unit.end.
@@ -85,19 +88,31 @@ struct Units {
     const auto g = geometries.begin() + static_cast<int64_t>(kGeometry * (k + unit.shift));
     return {{g, g + 2}, {g + 2, g + 6}, {g + 6, g + 8}, g[8]};
   }
+
+  // Whether PyTorch's convolution runs it.
+  bool composed(const UnitLayers& unit, size_t k) const {
+    return !composed_convs.empty() && composed_convs[k + unit.shift];
+  }
 };
 
 template <class Device>
 struct UnitOperators {
   using Layer = Operators<Device>;
 
+  // function(operators), of what runs convolution k of a unit.
+  template <typename F>
+  static auto with_conv(const Units& all, const UnitLayers& unit, size_t k, const F& function) {
+    return all.composed(unit, k) ? function(Composed<Device>()) : function(Layer());
+  }
+
   static std::tuple<Tensor, Tensors, Tensors, Tensors> preact_units_forward(
       const Tensor& input, const OptionalTensor& residual, Tensors weights,
       OptionalTensors bn_weights, OptionalTensors bn_biases, OptionalTensors stats,
       std::vector<double> eps, OptionalTensors projections, Sizes depths, Sizes geometries,
       std::vector<std::string> shortcuts, std::string activation, bool with_stats,
-      bool for_backward, bool allow_tf32) {
-    const Units all(weights, projections, depths, geometries, shortcuts, activation, allow_tf32);
+      bool for_backward, bool allow_tf32, Flags composed) {
+    const Units all(weights, projections, depths, geometries, shortcuts, activation, allow_tf32,
+                    composed);
     const size_t n = weights.size();
     check_count("bn_weights", bn_weights, n);
     check_count("bn_biases", bn_biases, n);
@@ -130,9 +145,11 @@ struct UnitOperators {
         }
         const auto [stride, padding, dilation, groups] = all.geometry(unit, k);
         Tensor output_stats, next;
-        std::tie(u, output_stats, next) = Layer::preact_conv_forward(
-            u, affine, weights[k], added, stride, padding, dilation, groups, activation,
-            is_output ? with_stats : takes_stats, allow_tf32, next_weight, next_bias, next_eps);
+        std::tie(u, output_stats, next) = with_conv(all, unit, k, [&](auto conv) {
+          return conv.preact_conv_forward(u, affine, weights[k], added, stride, padding, dilation,
+                                          groups, activation, is_output ? with_stats : takes_stats,
+                                          allow_tf32, next_weight, next_bias, next_eps);
+        });
         all_stats.push_back(output_stats);
         if (is_output) break;
         affine = takes_stats ? next : affine_of(k + 1);
@@ -148,8 +165,10 @@ struct UnitOperators {
       const Tensor& grad, Tensors inputs, Tensors affines, Tensors weights, Flags batch_stats,
       OptionalTensors projections, Sizes depths, Sizes geometries,
       std::vector<std::string> shortcuts, std::string activation, bool needs_input,
-      Flags needs_weights, Flags needs_sums, Flags needs_projections, bool allow_tf32) {
-    const Units all(weights, projections, depths, geometries, shortcuts, activation, allow_tf32);
+      Flags needs_weights, Flags needs_sums, Flags needs_projections, bool allow_tf32,
+      Flags composed) {
+    const Units all(weights, projections, depths, geometries, shortcuts, activation, allow_tf32,
+                    composed);
     const size_t n = weights.size();
     check_count("inputs", inputs, n);
     check_count("batch_stats", batch_stats, n);
@@ -191,10 +210,12 @@ struct UnitOperators {
         const auto [stride, padding, dilation, groups] = all.geometry(unit, k);
         if (!needs_before && !any(needs_weights, first, k) && !any(needs_sums, first, k + 1)) {
           if (needs_weights[k])
-            dweights[k] =
-                Layer::preact_conv_wgrad(g, output, output_affine, output_sums, inputs[k],
-                                         by_conv[k], {weights[k].size(2), weights[k].size(3)},
-                                         stride, padding, dilation, groups, activation, allow_tf32);
+            dweights[k] = with_conv(all, unit, k, [&](auto conv) {
+              return conv.preact_conv_wgrad(g, output, output_affine, output_sums, inputs[k],
+                                            by_conv[k], {weights[k].size(2), weights[k].size(3)},
+                                            stride, padding, dilation, groups, activation,
+                                            allow_tf32);
+            });
           break;
         }
         if (k == first && shortcuts[j] != "none" && (needs_before || joins_h))
@@ -205,20 +226,26 @@ struct UnitOperators {
         if (k == first && !joins_h && frozen) ends_with = to_shortcut;
         const bool with_sums = batch_stats[k] || needs_sums[k];
         if (k == last && output)
-          std::tie(dy, g, sums[k], dweights[k]) = Layer::residual_conv_backward_into(
-              Device::kResidualGradInPlace ? OptionalTensor(g) : std::nullopt, joins, g, *output,
-              *output_affine, *output_sums, weights[k], inputs[k], *by_conv[k], stride, padding,
-              dilation, groups, activation, allow_tf32);
+          std::tie(dy, g, sums[k], dweights[k]) = with_conv(all, unit, k, [&](auto conv) {
+            return conv.residual_conv_backward_into(
+                Device::kResidualGradInPlace ? OptionalTensor(g) : std::nullopt, joins, g, *output,
+                *output_affine, *output_sums, weights[k], inputs[k], *by_conv[k], stride, padding,
+                dilation, groups, activation, allow_tf32);
+          });
         else if (needs_weights[k])
-          std::tie(g, sums[k], dweights[k]) = Layer::preact_conv_backward(
-              g, output, output_affine, output_sums, weights[k], inputs[k], by_conv[k], addend,
-              stride, padding, dilation, groups, activation, with_sums, allow_tf32, frozen,
-              ends_with);
+          std::tie(g, sums[k], dweights[k]) = with_conv(all, unit, k, [&](auto conv) {
+            return conv.preact_conv_backward(g, output, output_affine, output_sums, weights[k],
+                                             inputs[k], by_conv[k], addend, stride, padding,
+                                             dilation, groups, activation, with_sums, allow_tf32,
+                                             frozen, ends_with);
+          });
         else
-          std::tie(g, sums[k]) =
-              Layer::preact_conv_dgrad(g, output, output_affine, output_sums, weights[k], inputs[k],
-                                       by_conv[k], addend, stride, padding, dilation, groups,
-                                       activation, with_sums, allow_tf32, frozen, ends_with);
+          std::tie(g, sums[k]) = with_conv(all, unit, k, [&](auto conv) {
+            return conv.preact_conv_dgrad(g, output, output_affine, output_sums, weights[k],
+                                          inputs[k], by_conv[k], addend, stride, padding, dilation,
+                                          groups, activation, with_sums, allow_tf32, frozen,
+                                          ends_with);
+          });
         // with frozen statistics, or without any, g is the gradient of inputs[k] itself
         output = batch_stats[k] ? OptionalTensor(inputs[k]) : std::nullopt;
         output_affine = batch_stats[k] ? by_conv[k] : std::nullopt;
@@ -227,11 +254,12 @@ struct UnitOperators {
       if (needs_projections[j]) {
         const auto [stride, padding, dilation, groups] = all.geometry(unit, unit.end);
         const Tensor& projection = *projections[j];
-        dprojections[j] =
-            Layer::preact_conv_wgrad(dy, std::nullopt, std::nullopt, std::nullopt, inputs[first],
-                                     shortcuts[j] == "preact" ? affine : std::nullopt,
-                                     {projection.size(2), projection.size(3)}, stride, padding,
-                                     dilation, groups, activation, allow_tf32);
+        dprojections[j] = with_conv(all, unit, unit.end, [&](auto conv) {
+          return conv.preact_conv_wgrad(dy, std::nullopt, std::nullopt, std::nullopt, inputs[first],
+                                        shortcuts[j] == "preact" ? affine : std::nullopt,
+                                        {projection.size(2), projection.size(3)}, stride, padding,
+                                        dilation, groups, activation, allow_tf32);
+        });
       }
       if (!needs_before) {
         g = nothing(grad);
@@ -250,21 +278,27 @@ struct UnitOperators {
                          const OptionalTensor& affine) {
     const OptionalTensor& projection = all.projections[j];
     if (!projection) return affine ? Layer::bn_relu_forward(input, *affine, all.activation) : input;
-    const auto [stride, padding, dilation, groups] = all.geometry(all.units[j], all.units[j].end);
-    return std::get<0>(Layer::preact_conv_forward(
-        input, affine, *projection, std::nullopt, stride, padding, dilation, groups, all.activation,
-        false, all.allow_tf32, std::nullopt, std::nullopt, std::nullopt));
+    const UnitLayers& unit = all.units[j];
+    const auto [stride, padding, dilation, groups] = all.geometry(unit, unit.end);
+    return std::get<0>(with_conv(all, unit, unit.end, [&](auto conv) {
+      return conv.preact_conv_forward(input, affine, *projection, std::nullopt, stride, padding,
+                                      dilation, groups, all.activation, false, all.allow_tf32,
+                                      std::nullopt, std::nullopt, std::nullopt);
+    }));
   }
 
   // Of what the shortcut reads.
   static Tensor shortcut_grad(const Units& all, size_t j, const Tensor& grad, const Tensor& input) {
     const OptionalTensor& projection = all.projections[j];
     if (!projection) return grad;
-    const auto [stride, padding, dilation, groups] = all.geometry(all.units[j], all.units[j].end);
-    return std::get<0>(Layer::preact_conv_dgrad(grad, std::nullopt, std::nullopt, std::nullopt,
-                                                *projection, input, std::nullopt, std::nullopt,
-                                                stride, padding, dilation, groups, all.activation,
-                                                false, all.allow_tf32, false, std::nullopt));
+    const UnitLayers& unit = all.units[j];
+    const auto [stride, padding, dilation, groups] = all.geometry(unit, unit.end);
+    return std::get<0>(with_conv(all, unit, unit.end, [&](auto conv) {
+      return conv.preact_conv_dgrad(grad, std::nullopt, std::nullopt, std::nullopt, *projection,
+                                    input, std::nullopt, std::nullopt, stride, padding, dilation,
+                                    groups, all.activation, false, all.allow_tf32, false,
+                                    std::nullopt);
+    }));
   }
 };
 
@@ -275,13 +309,13 @@ void define_unit_operators(Library& m) {
       "preact_units_forward(Tensor input, Tensor? residual, Tensor[] weights, "
       "Tensor?[] bn_weights, Tensor?[] bn_biases, Tensor?[] stats, float[] eps, "
       "Tensor?[] projections, int[] depths, int[] geometries, str[] shortcuts, str activation, "
-      "bool with_stats, bool for_backward, bool allow_tf32=False) "
+      "bool with_stats, bool for_backward, bool allow_tf32=False, bool[] composed=[]) "
       "-> (Tensor, Tensor[], Tensor[], Tensor[])");
   m.def(
       "preact_units_backward(Tensor grad, Tensor[] inputs, Tensor[] affines, Tensor[] weights, "
       "bool[] batch_stats, Tensor?[] projections, int[] depths, int[] geometries, "
       "str[] shortcuts, str activation, bool needs_input, bool[] needs_weights, "
-      "bool[] needs_sums, bool[] needs_projections, bool allow_tf32=False) "
+      "bool[] needs_sums, bool[] needs_projections, bool allow_tf32=False, bool[] composed=[]) "
       "-> (Tensor, Tensor[], Tensor[], Tensor[])");
 }
 

@@ -1,7 +1,7 @@
 """Arguments for the operators: one pre-activated convolution with all that surrounds it; units."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -134,12 +134,13 @@ class UnitsOperands:
     depths: list[int]
     geometries: list[int]
     shortcuts: list[str]
+    composed: list[bool] = field(default_factory=list)
 
     def forward(self, *, with_stats: bool, for_backward: bool) -> tuple[Any, ...]:
         """Arguments of preact_units_forward."""
         vectors = self.bn_weights, self.bn_biases, self.stats, [1e-5] * len(self.weights)
         layers = self.projections, self.depths, self.geometries, self.shortcuts, "relu"
-        rest = *layers, with_stats, for_backward
+        rest = *layers, with_stats, for_backward, False, self.composed
         return self.input, self.residual, self.weights, *vectors, *rest
 
     def backward(
@@ -160,7 +161,8 @@ class UnitsOperands:
         saved = [self.input, *inputs], affines, self.weights, self.batch_stats
         wanted = each(needs_weights), each(needs_sums)
         projected = [needs_projections and weight is not None for weight in self.projections]
-        return self.grad, *saved, *layers, needs_input, *wanted, projected
+        rest = projected, False, self.composed
+        return self.grad, *saved, *layers, needs_input, *wanted, *rest
 
 
 def units_operands(

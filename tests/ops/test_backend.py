@@ -11,7 +11,6 @@ from torch._subclasses import FakeTensorMode
 
 import fused_preact
 from fused_preact import ops, reference
-from fused_preact.composed import Composed
 from fused_preact.functional import Conv
 
 X3 = [(8, (3, 3), (1, 1), (1, 1, 1, 1))]
@@ -146,9 +145,7 @@ def test_cuda_refuses_large_kernels(monkeypatch):
     monkeypatch.setattr(ops, "_forced", "auto")
     operators = ops.plan(input, [small, large])
     assert operators is torch.ops.fused_preact
-    assert ops.plan_units(operators, [small], input) is operators
-    kept, composed = ops.plan_units(operators, [small, large], input).convs
-    assert kept is operators and isinstance(composed, Composed)
+    assert ops.plan_convs(operators, [small, large], input) == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +158,7 @@ def test_cuda_composes_what_is_much_work(channels, side, composed):
     with FakeTensorMode():
         conv = Conv(torch.empty(channels, channels, 3, 3, device="cuda"))
         input = torch.empty(128, channels, side, side, device="cuda")
-    planned = ops.plan_units(torch.ops.fused_preact, [conv], input)
-    assert (planned is not torch.ops.fused_preact) == composed
+    assert ops.plan_convs(torch.ops.fused_preact, [conv], input) == [composed]
 
 
 def test_layout_warns_once():

@@ -11,7 +11,6 @@ import fused_preact
 from fused_preact import ops, reference
 from fused_preact.composed import Composed
 from fused_preact.functional import Conv
-from fused_preact.units import Chain
 
 BOTTLENECK = [(8, ONE, ONE, NONE), (8, X3, ONE, SAME), (16, ONE, ONE, NONE)]
 PROJECTION = {"shortcut": "preact", "projection": (16, ONE, ONE, NONE)}
@@ -129,8 +128,7 @@ def test_bfloat16_is_composed_where_it_is_multiplied(wide_from_nine_taps, monkey
     input = torch.empty(1, 8, 4, 4, dtype=torch.bfloat16)
     for multiplies in (True, False):
         monkeypatch.setattr(ops, "_multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
-        planned = ops.plan_units(torch.ops.fused_preact, [conv], input)
-        assert (planned is not torch.ops.fused_preact) == multiplies
+        assert ops.plan_convs(torch.ops.fused_preact, [conv], input) == [multiplies]
 
 
 def test_forced_kernels_stay(wide_from_nine_taps, called):
@@ -153,5 +151,4 @@ def test_compiled(wide_from_nine_taps, compiled):
 def test_reference_is_never_composed():
     """Whose every device and dtype is the point."""
     conv = Conv(torch.empty(1024, 1024, 3, 3), dilation=(2, 2), groups=2)
-    planned = ops.plan_units(reference, [conv], torch.empty(1, 2048, 1, 1))
-    assert planned == Chain(reference)
+    assert ops.plan_convs(reference, [conv], torch.empty(1, 2048, 1, 1)) == [False]

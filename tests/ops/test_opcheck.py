@@ -4,6 +4,8 @@ The autograd test is left out: gradients come from the Functions of functional.p
 have no formula of their own.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from operands import DEFERRED, GEOMETRIES, operands, units_operands
@@ -114,11 +116,12 @@ def test_residual_grad(absent, check):
     check("residual_grad", grad, o.addend, o.input, o.affine, o.deferred[2])
 
 
+@pytest.mark.parametrize("composed", [[], [True, False, True, False]], ids=["", "composed"])
 @pytest.mark.parametrize("raw", [True, False])
-def test_preact_units(raw, check):
-    """Likewise, both passes, with and without a BatchNorm in front."""
+def test_preact_units(raw, composed, check):
+    """Likewise, both passes, with and without a BatchNorm in front; some convolutions composed."""
     units = [([(8, 3, 1), (12, 1, 2)], "preact", 12), ([(12, 3, 1)], "input", None)]
-    o = units_operands(check.dtype, units, lambda k: k != 1, raw)
+    o = replace(units_operands(check.dtype, units, lambda k: k != 1, raw), composed=composed)
     forward = o.forward(with_stats=True, for_backward=True)
     check("preact_units_forward", *forward)
     inputs, affines = torch.ops.fused_preact.preact_units_forward(*forward)[1:3]

@@ -1,6 +1,7 @@
 """preact_units_forward and preact_units_backward: units in one call, and layer by layer."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,39 @@ def test_bits_of_layer_by_layer(name, statistics, raw, dtype):
         assert_same(gradients, Chain(native).preact_units_backward(*backward))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("raw", [False, True], ids=["preact", "raw"])
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("which", ["all", "odd", "even"])
+@pytest.mark.parametrize("name", [*UNITS, "uneven"])
+def test_bits_of_composed(name, which, statistics, raw, dtype):
+    """Where PyTorch's convolution runs some or all of them."""
+    native = torch.ops.fused_preact
+    o = units_operands(dtype, UNITS.get(name, UNITS["stage"]), STATISTICS[statistics], raw)
+    if name == "uneven":  # one more row above each 3x3 of stride 1, one fewer below
+        for at, kernel in enumerate(_kernels(o)):
+            if kernel == 3 and o.geometries[9 * at] == 1:
+                o.geometries[9 * at + 2 : 9 * at + 4] = [2, 0]
+    chosen = {"all": (0, 1), "odd": (1,), "even": (0,)}[which]
+    o = replace(o, composed=[k % 2 in chosen for k in range(len(o.geometries) // 9)])
+    forward = o.forward(with_stats=True, for_backward=True)
+    ours = native.preact_units_forward(*forward)
+    assert_same(ours, Chain(native).preact_units_forward(*forward))
+    for wanted in itertools.product([True, False], repeat=4):
+        backward = o.backward(*ours[1:3], *wanted)
+        gradients = native.preact_units_backward(*backward)
+        assert_same(gradients, Chain(native).preact_units_backward(*backward))
+
+
+def _kernels(o):
+    """Rows of each kernel, in the order of geometries."""
+    weights = iter(o.weights)
+    for depth, projection in zip(o.depths, o.projections, strict=True):
+        yield from (next(weights).shape[2] for _ in range(depth))
+        if projection is not None:
+            yield projection.shape[2]
+
+
 @pytest.mark.parametrize("only", range(8))
 def test_bits_where_one_gradient_is_wanted(only):
     """Of one convolution's weight, or one BatchNorm's vectors."""
@@ -87,10 +121,11 @@ CHANGES = {
     "eps": (6, [1e-5], "eps: expected 3, got 1"),
     "geometries": (9, [1] * 9, "geometries: expected 27, got 9"),
     "shortcuts": (10, ["both"], "shortcuts: expected 'input', 'preact' or 'none', got 'both'"),
+    "composed": (15, [True], "composed: expected 3, got 1"),
 }
 
 
-@pytest.mark.parametrize("argument", ["weights", "eps", "geometries", "shortcuts"])
+@pytest.mark.parametrize("argument", CHANGES)
 def test_checks_name_the_argument(argument):
     o = units_operands(torch.float32, UNITS["identity"], STATISTICS["batch"], False)
     args = list(o.forward(with_stats=True, for_backward=True))
