@@ -201,6 +201,13 @@ def _networks(batches: dict[str, int], fast: bool) -> list[Case]:
             )
             for depth in (29, 83, 164, 326)
         ),
+        *(
+            # The kernels take next to nothing: without CUDA graphs a step lasts as long as the
+            # processor needs to launch them.
+            Case(name, "host", build, (8, 3, 8, 8), train, quick=False, deep=name == "R-164")
+            for name, build in (("R-164", r164), ("PreActResNet-18", r18))
+            if fast
+        ),
     ]
 
 

@@ -22,7 +22,14 @@ from fused_preact import _C
 # A rounding may flip a ReLU of a unit, which changes its gradients by far more than roundings do;
 # one input in several has such an activation. What is wrong is wrong for each of these seeds.
 SEEDS = 3
-ROUNDS_SECONDS = {"operator": 1.0, "unit": 4.0, "step": 8.0, "attack": 8.0, "depth": 8.0}
+ROUNDS_SECONDS = {
+    "operator": 1.0,
+    "unit": 4.0,
+    "step": 8.0,
+    "attack": 8.0,
+    "host": 4.0,
+    "depth": 8.0,
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             beside = everybody
             if slow and not full:
                 beside = tuple(one for one in everybody if one.ours or one == EAGER)
-            network = case.group in ("step", "attack")
+            network = case.group in ("step", "attack", "host")
             quick = case.quick and not (slow and network)
             for contender in beside if full or quick or (networks and network) else ():
                 name = f"{case.group}-{case.name}-{case.passes}-{dtype}-{contender.name}"

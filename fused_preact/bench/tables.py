@@ -17,7 +17,8 @@ from .results import (
 )
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-SHOWN = {"step": "", "attack": ", gradient of the images alone", "unit": ""}  # in the README
+# In the README, and what is said there of them.
+SHOWN = {"step": "", "attack": ", gradient of the images alone", "host": ", 8x8 images", "unit": ""}
 PASSES = "forward+backward", "attack"
 MIB = 1 << 20
 
