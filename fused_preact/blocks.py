@@ -81,7 +81,7 @@ class PreActUnit(nn.Module):
     def extra_repr(self) -> str:
         return f"preact={self.preact!r}, activation={self.activation!r}, dropout={self.dropout}"
 
-    def _read(self) -> "_Read | None":
+    def _read(self) -> _Read | None:
         """Its tensors and settings, if its children are PyTorch's own layers and nothing but they
         has to be called."""
         modules: dict[str, Any] = self._modules
