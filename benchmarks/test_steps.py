@@ -30,8 +30,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if slow and not full:
                 beside = tuple(one for one in everybody if one.ours or one == EAGER)
             network = case.group in ("step", "attack", "host")
-            quick = case.quick and not (slow and network)
-            for contender in beside if full or quick or (networks and network) else ():
+            quick = case.quick and not (slow and case.group != "operator")
+            wanted = full or quick or (networks and (case.quick or network))
+            for contender in beside if wanted else ():
                 name = f"{case.group}-{case.name}-{case.passes}-{dtype}-{contender.name}"
                 parameters.append(pytest.param(case, dtype, contender, beside, id=name))
     metafunc.parametrize(("case", "dtype", "contender", "everybody"), parameters)
