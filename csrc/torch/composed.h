@@ -14,6 +14,17 @@ inline Tensor channels_last(const Tensor& tensor) {
                                   : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
 }
 
+// An operator of PyTorch, which takes its arguments from the stack and leaves its results there.
+template <size_t kSize>
+void call_aten(const char* name, const char* overload, std::array<StableIValue, kSize>& stack) {
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK  // since torch 2.13 it passes on what went wrong
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+#else
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+#endif
+}
+
 // PyTorch's convolution, for which h is padded first where a side differs from the one across.
 struct AtenConvolution {
   const Sizes &stride, &padding, &dilation;  // padding: top, bottom, left, right
@@ -36,8 +47,7 @@ struct AtenConvolution {
                                       from(false),  // transposed
                                       from(Sizes{0, 0}),
                                       from(groups)};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+    call_aten("aten::convolution", "", stack);
     return channels_last(torch::stable::detail::to<Tensor>(stack[0]));
   }
 };
@@ -61,8 +71,7 @@ inline std::array<Tensor, 2> convolution_backward(const Tensor& dy, const Tensor
                                      from(Sizes{0, 0}),
                                      from(groups),
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  call_aten("aten::convolution_backward", "", stack);
   to<Tensor>(stack[2]);  // frees it
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
@@ -72,8 +81,7 @@ inline Tensor every(const Tensor& tensor, int64_t dimension, int64_t step) {
   using torch::stable::detail::from;
   std::array<StableIValue, 5> stack{from(tensor), from(dimension), from(std::optional<int64_t>()),
                                     from(std::optional<int64_t>()), from(step)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::slice", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  call_aten("aten::slice", "Tensor", stack);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

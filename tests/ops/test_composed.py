@@ -152,3 +152,13 @@ def test_reference_is_never_composed():
     """Whose every device and dtype is the point."""
     conv = Conv(torch.empty(1024, 1024, 3, 3), dilation=(2, 2), groups=2)
     assert ops.plan_convs(reference, [conv], torch.empty(1, 2048, 1, 1)) == [False]
+
+
+def test_errors_of_the_convolution_are_passed_on():
+    """What PyTorch says, memory that is not there for instance, reaches the user."""
+    input = torch.ones(2, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+    o = [input, None, [torch.ones(8, 6, 3, 3)], [None], [None], [None], [0.0], [None], [1]]
+    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 4]  # groups do not divide the channels
+    rest = geometry, ["none"], "relu", False, False, False, [True]
+    with pytest.raises(RuntimeError, match="channels"):
+        torch.ops.fused_preact.preact_units_forward(*o, *rest)
