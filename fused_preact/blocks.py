@@ -6,10 +6,9 @@ forward, and nothing is cached. A child that somebody replaced, hooked or patche
 instead, and with it the whole unit runs child by child.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -24,14 +23,6 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 _ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 _BNS, _CONVS = ("bn1", "bn2", "bn3"), ("conv1", "conv2", "conv3")  # children by the layer
-
-
-class _Read(NamedTuple):
-    """What a forward pass takes from a unit's children."""
-
-    unit: Unit
-    counters: list[Tensor | None]  # num_batches_tracked where it counts
-    activation: str
 
 
 class PreActUnit(nn.Module):
@@ -75,13 +66,15 @@ class PreActUnit(nn.Module):
 
         Raises ValueError for one value per channel in training, as nn.BatchNorm2d does.
         """
-        read = self._read()
-        return self._call_children(input) if read is None else _run_units([read], input)
+        unit = self._read() if isinstance(input, Tensor) else None
+        if unit is None:
+            return self._call_children(input)
+        return functional.preact_units(input, [unit], activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"preact={self.preact!r}, activation={self.activation!r}, dropout={self.dropout}"
 
-    def _read(self) -> _Read | None:
+    def _read(self) -> Unit | None:
         """Its tensors and settings, if its children are PyTorch's own layers and nothing but they
         has to be called."""
         modules: dict[str, Any] = self._modules
@@ -91,7 +84,6 @@ class PreActUnit(nn.Module):
         if not _is_unchanged(shortcut, nn.Sequential) or len(shortcut._modules) > 1:
             return None
         bns: list[BatchNorm | None] = []
-        counters = []
         for name in _BNS[: self.depth]:
             bn = modules[name]
             if bn is None:
@@ -100,19 +92,14 @@ class PreActUnit(nn.Module):
             if not _is_unchanged(bn, nn.BatchNorm2d):
                 return None
             bns.append(_read_batch_norm(bn))
-            counters.append(_batch_counter(bn))
         convs = [modules[name] for name in _CONVS[: self.depth]]
         if not all(_is_plain_conv(conv) for conv in (*convs, *shortcut._modules.values())):
             return None
-        return _Read(
-            Unit(
-                bns,
-                [_read_conv(conv) for conv in convs],
-                "preact" if self.preact == "both_preact" else "input",
-                _read_conv(shortcut[0]) if shortcut._modules else None,
-            ),
-            counters,
-            self.activation,
+        return Unit(
+            bns,
+            [_read_conv(conv) for conv in convs],
+            "preact" if self.preact == "both_preact" else "input",
+            _read_conv(shortcut[0]) if shortcut._modules else None,
         )
 
     def _call_children(self, input: Tensor) -> Tensor:
@@ -213,16 +200,23 @@ class PreActStage(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """What calling its modules one after the other returns."""
-        together: list[_Read] = []
+        together: list[Unit] = []
+        activation = ""
         for module in self:
-            read = module._read() if _is_unit(module) else None
-            if together and (read is None or read.activation != together[0].activation):
-                input, together = _run_units(together, input), []
-            if read is None:
+            unit = None
+            if isinstance(input, Tensor) and _is_unit(module):
+                unit, own_activation = module._read(), module.activation
+            if together and (unit is None or own_activation != activation):
+                input = functional.preact_units(input, together, activation=activation)
+                together = []
+            if unit is None:
                 input = module(input)
             else:
-                together.append(read)
-        return _run_units(together, input) if together else input
+                together.append(unit)
+                activation = own_activation
+        if together:
+            input = functional.preact_units(input, together, activation=activation)
+        return input
 
 
 def _is_unit(module: nn.Module) -> TypeGuard[PreActUnit]:
@@ -234,29 +228,14 @@ def _is_unit(module: nn.Module) -> TypeGuard[PreActUnit]:
     )
 
 
-def _run_units(reads: Sequence[_Read], input: Tensor) -> Tensor:
-    """Units of one activation."""
-    _count_batch([counter for read in reads for counter in read.counters])
-    units = [read.unit for read in reads]
-    return functional.preact_units(input, units, activation=reads[0].activation)
-
-
 def bn_activation(bn: nn.Module, input: Tensor, activation: str) -> Tensor:
     """activation(bn(input)), fused where bn is a plain nn.BatchNorm2d; (N, C, H, W) both."""
-    if _is_unchanged(bn, nn.BatchNorm2d) and not _has_any_global_hook():
-        weight, bias, running_mean, running_var, training, momentum, eps = _read_batch_norm(bn)
-        _count_batch([_batch_counter(bn)])
-        return functional.bn_relu(
-            input,
-            bn_weight=weight,
-            bn_bias=bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            activation=activation,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-        )
+    if (
+        isinstance(input, Tensor)
+        and _is_unchanged(bn, nn.BatchNorm2d)
+        and not _has_any_global_hook()
+    ):
+        return functional.bn_activation(input, _read_batch_norm(bn), activation)
     return _ACTIVATIONS[activation](bn(input))
 
 
@@ -278,32 +257,20 @@ def _is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
+        and module._compiled_call_impl is None
     )
 
 
-def _count_batch(counters: Sequence[Tensor | None]) -> None:
-    """As nn.BatchNorm2d.forward counts, all in one launch."""
-    counting = [counter for counter in counters if counter is not None]
-    if counting:
-        torch._foreach_add_(counting, 1)
-
-
-def _batch_counter(bn: nn.BatchNorm2d) -> Tensor | None:
-    """What nn.BatchNorm2d.forward counts a batch with, if it does."""
-    counts = bn.training and bn.track_running_stats
-    return _tensor(bn, bn._buffers, "num_batches_tracked") if counts else None
-
-
 def _read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
-    """What nn.BatchNorm2d.forward passes to batch_norm once it has counted the batch."""
+    """What nn.BatchNorm2d.forward passes to batch_norm, and what it counts the batch with."""
     parameters, buffers, training, momentum = bn._parameters, bn._buffers, bn.training, bn.momentum
-    if momentum is None:  # the average of all batches
-        counter = _batch_counter(bn)
-        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1)
-    mean = var = None
+    mean = var = counter = None
     if not training or bn.track_running_stats:
         mean = _tensor(bn, buffers, "running_mean")
         var = _tensor(bn, buffers, "running_var")
+        counter = _tensor(bn, buffers, "num_batches_tracked") if training else None
+    if momentum is None:  # the average of all batches
+        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1)
     return BatchNorm(
         _tensor(bn, parameters, "weight"),
         _tensor(bn, parameters, "bias"),
@@ -312,6 +279,7 @@ def _read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
         training or (mean is None and var is None),
         momentum,
         bn.eps,
+        counter,
     )
 
 

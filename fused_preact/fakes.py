@@ -16,14 +16,17 @@ def bn_stats(input):
 
 
 def bn_affine(stats, weight, bias, eps):
+    _check_devices(stats, weight=weight, bias=bias)
     return stats.new_empty((4, stats.shape[1]))
 
 
 def bn_update_running(running_mean, running_var, stats, momentum, counts):
-    return None
+    for mean, var, batch in zip(running_mean, running_var, stats, strict=True):
+        _check_devices(batch, running_mean=mean, running_var=var)
 
 
 def bn_relu_forward(input, affine, activation):
+    _check_devices(input, affine=affine)
     return _activations(input, input.shape)
 
 
@@ -47,6 +50,7 @@ def preact_conv_forward(
     next_bias=None,
     next_eps=None,
 ):
+    _check_devices(input, affine=affine, weight=weight, residual=residual)
     size = output_size(input.shape, weight.shape[2:], stride, padding, dilation)
     output = _activations(input, (input.shape[0], weight.shape[0], *size))
     stats = _vectors(input, 2, weight.shape[0] if with_stats else 0)
@@ -72,6 +76,7 @@ def preact_conv_dgrad(
     frozen=False,
     residual=None,
 ):
+    _check_devices(input, grad=grad, weight=weight, affine=affine)
     channels = 0 if affine is None or not with_sums else input.shape[1]
     return _activations(input, input.shape), _vectors(input, 2, channels)
 
@@ -122,6 +127,16 @@ def output_size(
     height = input_shape[2] + top + bottom - dilation[0] * (kernel_size[0] - 1) - 1
     width = input_shape[3] + left + right - dilation[1] * (kernel_size[1] - 1) - 1
     return height // stride[0] + 1, width // stride[1] + 1
+
+
+def _check_devices(input: Tensor, **tensors: Tensor | None) -> None:
+    """A tensor on "meta" among others leads here too: its weights were never loaded."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {input.device}, as the input is, got one on "
+                f"{tensor.device}"
+            )
 
 
 def _vectors(like: Tensor, rows: int, channels: int | torch.SymInt) -> Tensor:

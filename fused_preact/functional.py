@@ -33,6 +33,7 @@ class BatchNorm(NamedTuple):
     training: bool
     momentum: float
     eps: float
+    counter: Tensor | None = None  # of batches in running_*: num_batches_tracked
 
 
 class Conv(NamedTuple):
@@ -118,11 +119,17 @@ def bn_relu(
     and for shapes that do not fit, naming the argument.
     """
     bn = BatchNorm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    return bn_activation(input, bn, activation)
+
+
+def bn_activation(input: Tensor, bn: BatchNorm, activation: str) -> Tensor:
+    """bn_relu(), and counts the batch."""
     _check_input(input)
     _check_activation(activation)
     _check_bn(bn, input.shape[1])
     _check_batch(bn, input.shape)
     if _runs_eager(input):
+        _count_batch([bn])
         return reference.bn_relu(input, bn, activation)
     operators = ops.plan(input)
     input = ops.channels_last(input)
@@ -219,6 +226,7 @@ def _run_units(
 ) -> Tensor:
     """Units that were checked, in one call; shapes are what their convolutions read."""
     if _runs_eager(input):
+        _count_batch([bn for unit in units for bn in unit.bns])
         for unit in units:
             input = reference.preact_unit(input, *unit, activation, residual)
         return input
@@ -330,6 +338,7 @@ class _PreActUnits(Function):
         needs_input, needs_residual, _, *needs = _needs_input_grad(ctx)
         if dy is None:
             return (None,) * (3 + 4 * n + units)
+        _check_one_gradient(dy)
         needs_weights, needs_gammas, needs_betas, _, needs_projections = _split(needs, n)
         needs_sums = [gamma or beta for gamma, beta in zip(needs_gammas, needs_betas, strict=True)]
         saved = ctx.saved_tensors
@@ -406,6 +415,7 @@ class _BnRelu(Function):
 
     @staticmethod
     def backward(ctx, dh):
+        _check_one_gradient(dh)
         config = ctx.config
         op = config.operators
         input, affine = ctx.saved_tensors
@@ -437,6 +447,18 @@ def _is_wanted(node: Any) -> bool:
         return True
 
 
+def _check_one_gradient(grad: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            "fused_preact: the fused backward pass takes one gradient at a time; run the forward "
+            "pass under `with fused_preact.backend('eager'):` for is_grads_batched, vectorized "
+            "Jacobians and vmap over gradients"
+        )
+
+
 class _Once(Function):
     """Passes gradients through; raises where they are differentiated again."""
 
@@ -463,9 +485,13 @@ def _once(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _hand_on(output: Tensor, stats: Tensor) -> None:
-    """Leave output's statistics with it; they hold until somebody writes to it in place."""
+    """Leave output's statistics with it; they hold until somebody writes to it in place.
+
+    PyTorch does not say who writes through .data or NumPy; nor do we see it.
+    """
     if not torch.compiler.is_compiling() and not output.is_inference():
-        output._preact_stats = (stats, output._version)  # type: ignore[attr-defined]
+        written = output._version, output.data_ptr()
+        output._preact_stats = (stats, written)  # type: ignore[attr-defined]
 
 
 def _input_statistics(operators: Any, input: Tensor, bn: BatchNorm) -> Tensor:
@@ -473,8 +499,8 @@ def _input_statistics(operators: Any, input: Tensor, bn: BatchNorm) -> Tensor:
         return _running_statistics(input.dtype, bn)
     handed_on = getattr(input, "_preact_stats", None)
     if handed_on is not None and not torch.compiler.is_compiling():
-        stats, version = handed_on
-        if input._version == version:
+        stats, written = handed_on
+        if (input._version, input.data_ptr()) == written:
             return stats
     return operators.bn_stats(input.detach())
 
@@ -491,7 +517,7 @@ def _update_running(
     stats: Sequence[Tensor | None],
     shapes: Sequence[Sequence[int]],
 ) -> None:
-    """By the batch statistics of activations of these shapes, in one launch."""
+    """By the batch statistics of activations of these shapes, in one launch; counts the batch."""
     updates = [
         (bn.running_mean, bn.running_var, batch, bn.momentum, _values_per_channel(shape))
         for bn, batch, shape in zip(bns, stats, shapes, strict=True)
@@ -499,6 +525,13 @@ def _update_running(
     ]
     if updates:
         operators.bn_update_running(*map(list, zip(*updates, strict=True)))
+    _count_batch(bns)
+
+
+def _count_batch(bns: Sequence[BatchNorm | None]) -> None:
+    counters = [bn.counter for bn in bns if bn is not None and bn.counter is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
 
 
 # --- the eager layers ----------------------------------------------------------------------------
@@ -506,7 +539,8 @@ def _update_running(
 
 def _runs_eager(input: Tensor) -> bool:
     exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
-    return ops.current_backend() == "eager" or exporting or input.numel() == 0
+    eager = ops.current_backend() == "eager" or exporting or ops.is_transformed()
+    return eager or input.numel() == 0 or input.is_meta
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -576,6 +610,8 @@ def _check_bn(bn: BatchNorm, channels: int, name: str = "") -> None:
         raise ValueError(
             f"{name}running_mean, running_var: expected tensors in evaluation, got None"
         )
+    if (bn.running_mean is None) != (bn.running_var is None):
+        raise ValueError(f"{name}running_mean, running_var: expected both, or None for both")
 
 
 def _check_batch(bn: BatchNorm | None, shape: Sequence[int]) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C, fakes, reference  # _C registers torch.ops.fused_preact
 from .units import Chain
@@ -155,6 +156,15 @@ def _much_work(input: Tensor) -> tuple[int, float]:
 
 def _taps(conv: Any) -> int:
     return conv.weight.shape[2] * conv.weight.shape[3]
+
+
+def is_transformed() -> bool:
+    """Whether only PyTorch's own layers can run: under torch.func, torch.jit.trace, forward AD."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 def channels_last(input: Tensor) -> Tensor:

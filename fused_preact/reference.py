@@ -349,7 +349,7 @@ def _no_channels(input: Tensor, rows: int = 2) -> Tensor:
 
 def bn_relu(input: Tensor, bn: Any, activation: str) -> Tensor:
     """activation(batch_norm(input)) by PyTorch's own layers."""
-    weight, bias, running_mean, running_var, training, momentum, eps = bn
+    weight, bias, running_mean, running_var, training, momentum, eps = bn[:7]
     z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return F.relu(z) if activation == "relu" else F.silu(z)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
 from .blocks import PreActBlock, PreActBottleneck, PreActStage, PreActUnit, bn_activation
 
 _IMAGENET: dict[int, tuple[type[PreActUnit], tuple[int, ...]]] = {
@@ -109,7 +110,9 @@ class PreActResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W), any H and W, to logits (N, num_classes)."""
-        x = self.conv1(images.contiguous(memory_format=torch.channels_last))
+        if not ops.is_transformed():  # vmap knows no channels_last
+            images = images.contiguous(memory_format=torch.channels_last)
+        x = self.conv1(images)
         if self.stem == "imagenet":
             x = bn_activation(self.bn1, x, self.activation)
             x = F.max_pool2d(x, 3, stride=2, padding=1)

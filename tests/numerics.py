@@ -488,7 +488,9 @@ def _map_bn(bn: BatchNorm, function: Callable[[Tensor], Tensor]) -> BatchNorm:
 
 
 def _bn_arguments(bn: BatchNorm) -> dict[str, Any]:
+    """Of the functions that take a BatchNorm's values one by one, and count no batches."""
     arguments = bn._asdict()
+    assert arguments.pop("counter") is None
     return {"bn_weight": arguments.pop("weight"), "bn_bias": arguments.pop("bias"), **arguments}
 
 

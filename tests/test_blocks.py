@@ -24,6 +24,7 @@ from eager_models import (
 )
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 import fused_preact
 from fused_preact import PreActBlock, PreActBottleneck, functional, ops
@@ -120,6 +121,29 @@ def test_units_hand_on_statistics(backend_name, monkeypatch):
     counts = count_operators(monkeypatch)
     assert_same(fused, eager, pairs[0][2])
     assert counts["bn_stats"] == 1
+
+
+def test_statistics_are_of_what_the_output_holds(backend_name):
+    """Not of memory that it held before."""
+    (first, _, images), (second, *_) = make(), make("basic")
+    output = first(images)
+    output.data = output.data * 3 + 1
+    assert torch.equal(second(output), second(output.detach().clone()))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_recomputed_unit_sees_each_batch_once(momentum, backend_name):
+    """A checkpointed forward pass runs twice; statistics and their count agree all the same."""
+    fused, _, images = make("basic")
+    once = copy.deepcopy(fused)
+    for unit in (fused, once):
+        both(unit, unit, lambda bn: setattr(bn, "momentum", momentum))
+    for step in range(3):
+        batch = (images + step).requires_grad_()
+        checkpoint(fused, batch, use_reentrant=False).sum().backward()
+        once(batch).sum().backward()
+    for name, buffer in once.named_buffers():
+        assert torch.equal(dict(fused.named_buffers())[name], buffer), name
 
 
 def test_bfloat16_autocast(backend_name):

@@ -146,7 +146,7 @@ def test_units_of_another_activation_run_apart(calls):
 def test_large_weights_share_no_call(calls, monkeypatch):
     """As many as fit, at least one; the first has fewer values than the others."""
     fused, eager, images = make(4)
-    of_units = [sum(conv.weight.numel() for conv in unit._read().unit.convs) for unit in fused]
+    of_units = [sum(conv.weight.numel() for conv in unit._read().convs) for unit in fused]
     for most, expected in (2 * of_units[1], [2, 2]), (1, [1] * 4), (sum(of_units), [4]):
         calls.clear()
         monkeypatch.setattr(functional, "WEIGHTS_PER_CALL", most)
