@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from contenders import Contender
@@ -26,6 +29,8 @@ BATCHES = {
         "R-200": 4,
         "PreActResNet-18": 16,
         "WRN-28-10": 16,
+        "DenseNet-121": 4,
+        "ResNetV2-50": 4,
         "depth": 8,
     },
     "cuda": {
@@ -37,6 +42,8 @@ BATCHES = {
         "R-200": 64,
         "PreActResNet-18": 128,
         "WRN-28-10": 128,
+        "DenseNet-121": 64,
+        "ResNetV2-50": 64,
         "depth": 128,
     },
 }
@@ -70,7 +77,10 @@ class Case:
         torch.manual_seed(self.seed)
         exact = torch.promote_types(dtype, torch.float32)
         layout = getattr(torch, contender.memory_format)
-        model = self.build().to(device, exact).to(memory_format=layout)
+        model = self.build()
+        if contender.backend == "eager":
+            fused_preact.unconvert(model)
+        model = model.to(device, exact).to(memory_format=layout)
         model.train(self.passes == "forward+backward").requires_grad_(self.passes != "attack")
         if layout == torch.contiguous_format and isinstance(model, PreActResNet):
             # it turns its images to channels_last; from the stem on all is NCHW
@@ -186,6 +196,7 @@ def _networks(batches: dict[str, int], fast: bool) -> list[Case]:
         case("R-200", "step", r200, large, train, fast, True),
         case("PreActResNet-18", "step", r18, small, train, True),
         case("WRN-28-10", "step", wide, small, train, fast),
+        *(case(name, "step", build, large, train, False) for name, build in _others().items()),
         case("R-164", "attack", r164, small, attack, True, True),
         case("PreActResNet-18", "attack", r18, small, attack, False),
         case("WRN-28-10", "attack", wide, small, attack, False),
@@ -217,6 +228,25 @@ def _unit(unit: type[nn.Module], *sizes: int) -> Callable[[], nn.Module]:
 
 def _model(arch: str, stem: str = "cifar", num_classes: int = 10) -> Callable[[], nn.Module]:
     return lambda: create_model(arch, num_classes, stem)
+
+
+def _others() -> dict[str, Callable[[], nn.Module]]:
+    """Networks of installed libraries, converted; PyTorch's layers run them as they were."""
+    networks = {
+        "DenseNet-121": ("torchvision", "torchvision.models", "densenet121"),
+        "ResNetV2-50": ("timm", "timm.models.resnetv2", "resnetv2_50"),
+    }
+
+    def build(module: str, name: str) -> nn.Module:
+        model = getattr(import_module(module), name)()
+        fused_preact.convert(model)
+        return model
+
+    return {
+        name: partial(build, module, function)
+        for name, (library, module, function) in networks.items()
+        if find_spec(library) is not None
+    }
 
 
 def _cifar(depth: int) -> Callable[[], nn.Module]:

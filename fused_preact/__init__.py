@@ -7,6 +7,7 @@ require_torch()  # one readable error, before anything that needs it
 from importlib.metadata import PackageNotFoundError, version  # noqa: E402
 
 from .blocks import PreActBlock, PreActBottleneck, PreActStage  # noqa: E402
+from .conversion import Conversion, convert, unconvert  # noqa: E402
 from .functional import bn_relu, preact_conv2d  # noqa: E402
 from .ops import backend  # noqa: E402
 from .resnet import (  # noqa: E402
@@ -31,6 +32,7 @@ except PackageNotFoundError:  # run from a source tree
     __version__ = "unknown"
 
 __all__ = [
+    "Conversion",
     "PreActBlock",
     "PreActBottleneck",
     "PreActResNet",
@@ -39,6 +41,7 @@ __all__ = [
     "backend",
     "bn_relu",
     "build_info",
+    "convert",
     "create_model",
     "preact_conv2d",
     "preact_resnet18",
@@ -51,5 +54,6 @@ __all__ = [
     "preact_resnet200",
     "preact_resnet1001",
     "preact_resnet_cifar",
+    "unconvert",
     "wide_resnet",
 ]

@@ -6,7 +6,7 @@ forward, and nothing is cached. A child that somebody replaced, hooked or patche
 instead, and with it the whole unit runs child by child.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class PreActUnit(nn.Module):
         shortcut = modules["shortcut"]
         if _has_any_global_hook() or (self.dropout and self.training):
             return None
-        if not _is_unchanged(shortcut, nn.Sequential) or len(shortcut._modules) > 1:
+        if not is_unchanged(shortcut, nn.Sequential) or len(shortcut._modules) > 1:
             return None
         bns: list[BatchNorm | None] = []
         for name in _BNS[: self.depth]:
@@ -89,17 +89,17 @@ class PreActUnit(nn.Module):
             if bn is None:
                 bns.append(None)
                 continue
-            if not _is_unchanged(bn, nn.BatchNorm2d):
+            if not is_unchanged(bn, nn.BatchNorm2d):
                 return None
-            bns.append(_read_batch_norm(bn))
+            bns.append(read_batch_norm(bn))
         convs = [modules[name] for name in _CONVS[: self.depth]]
-        if not all(_is_plain_conv(conv) for conv in (*convs, *shortcut._modules.values())):
+        if not all(is_plain_conv(conv) for conv in (*convs, *shortcut._modules.values())):
             return None
         return Unit(
             bns,
-            [_read_conv(conv) for conv in convs],
+            [read_conv(conv) for conv in convs],
             "preact" if self.preact == "both_preact" else "input",
-            _read_conv(shortcut[0]) if shortcut._modules else None,
+            read_conv(shortcut[0]) if shortcut._modules else None,
         )
 
     def _call_children(self, input: Tensor) -> Tensor:
@@ -200,55 +200,64 @@ class PreActStage(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """What calling its modules one after the other returns."""
-        together: list[Unit] = []
-        activation = ""
-        for module in self:
-            unit = None
-            if isinstance(input, Tensor) and _is_unit(module):
-                unit, own_activation = module._read(), module.activation
-            if together and (unit is None or own_activation != activation):
-                input = functional.preact_units(input, together, activation=activation)
-                together = []
-            if unit is None:
-                input = module(input)
-            else:
-                together.append(unit)
-                activation = own_activation
-        if together:
+        return call_in_turn(self, input, read_unit)
+
+
+ReadUnit = Callable[[nn.Module], tuple[Unit, str] | None]  # a unit and its activation
+
+
+def call_in_turn(modules: Iterable[nn.Module], input: Tensor, read: ReadUnit) -> Tensor:
+    """What calling the modules one after the other returns; those that are units share calls."""
+    together: list[Unit] = []
+    activation = ""
+    for module in modules:
+        found = read(module) if isinstance(input, Tensor) else None
+        if together and (found is None or found[1] != activation):
             input = functional.preact_units(input, together, activation=activation)
-        return input
+            together = []
+        if found is None:
+            input = module(input)
+        else:
+            together.append(found[0])
+            activation = found[1]
+    if together:
+        input = functional.preact_units(input, together, activation=activation)
+    return input
 
 
-def _is_unit(module: nn.Module) -> TypeGuard[PreActUnit]:
-    """Whether calling module does what PreActUnit.forward does, and nothing else."""
-    return (
-        isinstance(module, PreActUnit)
-        and type(module).forward is PreActUnit.forward
-        and _is_unchanged(module, type(module))
-    )
+def read_unit(module: nn.Module) -> tuple[Unit, str] | None:
+    """Of a PreActUnit, if calling it does what PreActUnit.forward does, and nothing else."""
+    if (
+        not isinstance(module, PreActUnit)
+        or type(module).forward is not PreActUnit.forward
+        or not is_unchanged(module, type(module))
+    ):
+        return None
+    unit = module._read()
+    return None if unit is None else (unit, module.activation)
 
 
 def bn_activation(bn: nn.Module, input: Tensor, activation: str) -> Tensor:
     """activation(bn(input)), fused where bn is a plain nn.BatchNorm2d; (N, C, H, W) both."""
     if (
         isinstance(input, Tensor)
-        and _is_unchanged(bn, nn.BatchNorm2d)
+        and is_unchanged(bn, nn.BatchNorm2d)
         and not _has_any_global_hook()
     ):
-        return functional.bn_activation(input, _read_batch_norm(bn), activation)
+        return functional.bn_activation(input, read_batch_norm(bn), activation)
     return _ACTIVATIONS[activation](bn(input))
 
 
-def _is_plain_conv(conv: nn.Module) -> bool:
+def is_plain_conv(conv: nn.Module) -> bool:
     return (
-        _is_unchanged(conv, nn.Conv2d)
+        is_unchanged(conv, nn.Conv2d)
         and _tensor(conv, conv._parameters, "bias") is None
         and conv.padding_mode == "zeros"
         and type(conv.padding) is not str
     )
 
 
-def _is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
+def is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Whether calling module does what kind.forward and global hooks do, and nothing else."""
     return (
         (type(module) is kind or type_before_parametrizations(module) is kind)
@@ -261,7 +270,7 @@ def _is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     )
 
 
-def _read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
+def read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
     """What nn.BatchNorm2d.forward passes to batch_norm, and what it counts the batch with."""
     parameters, buffers, training, momentum = bn._parameters, bn._buffers, bn.training, bn.momentum
     mean = var = counter = None
@@ -283,7 +292,7 @@ def _read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
     )
 
 
-def _read_conv(conv: Any) -> Conv:
+def read_conv(conv: Any) -> Conv:
     """The settings of a plain nn.Conv2d."""
     rows, columns = conv.padding
     padding = (rows, rows, columns, columns)

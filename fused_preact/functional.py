@@ -622,6 +622,14 @@ def _check_batch(bn: BatchNorm | None, shape: Sequence[int]) -> None:
         )
 
 
+def output_shape(conv: Conv, shape: Sequence[int]) -> tuple[int, ...]:
+    """(N, K, H', W') of a convolution of (N, C, H, W)."""
+    weight, stride, padding, dilation, _ = conv
+    filters, _, *kernel_size = weight.shape
+    size = fakes.output_size(shape, kernel_size, stride, padding, dilation)
+    return shape[0], filters, *size
+
+
 def _check_conv(conv: Conv, shape: Sequence[int], name: str) -> tuple[int, ...]:
     """Raises ValueError; returns the shape of the output."""
     weight, stride, padding, dilation, groups = conv
@@ -635,14 +643,13 @@ def _check_conv(conv: Conv, shape: Sequence[int], name: str) -> tuple[int, ...]:
             f"{name}: expected stride and dilation >= 1 and padding >= 0, got stride "
             f"{stride}, dilation {dilation}, padding {padding}"
         )
-    filters, _, *kernel_size = weight_shape
-    height, width = fakes.output_size(shape, kernel_size, stride, padding, dilation)
-    if height < 1 or width < 1:
+    output = output_shape(conv, shape)
+    if min(output[2:]) < 1:
         raise ValueError(
-            f"{name}: a kernel of {tuple(kernel_size)} does not fit into an input of "
+            f"{name}: a kernel of {tuple(weight_shape[2:])} does not fit into an input of "
             f"{tuple(shape[2:])} with padding {padding}"
         )
-    return shape[0], filters, height, width
+    return output
 
 
 def _check_unit(

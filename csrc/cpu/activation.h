@@ -45,6 +45,7 @@ PREACT_INLINE A exponential(A x) {
 }
 
 struct Relu {
+  static constexpr int64_t kRows = 4;  // in whose loops sums stay in registers
   template <typename A>
   static PREACT_INLINE A value(A z) {
     return z < 0 ? A(0) : z;
@@ -58,6 +59,7 @@ struct Relu {
 };
 
 struct Silu {
+  static constexpr int64_t kRows = 1;  // sums are the least of its work
   template <typename A>
   static PREACT_INLINE A value(A z) {
     return z / (1 + exponential(-z));

@@ -83,7 +83,7 @@ PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t 
     if (!affine)                                                                                   \
       convert(u, rows * channels, h);                                                              \
     else if (activation == Activation::kRelu)                                                      \
-      in_blocks(                                                                                   \
+      in_blocks<S>(                                                                                \
           rows, channels, PREACT_BLOCKS {                                                          \
             activate<Relu>(u + at, count, columns, pitch, affine + first, h + at);                 \
           });                                                                                      \
@@ -98,7 +98,7 @@ PREACT_INLINE void residual_grad(const S* grad, const S* g, const S* u, int64_t 
     if (std::is_same_v<S, bf16> && output && go_two_by_two(rows, channels))                        \
       return output_grad_rows(g, output, rows / 2, 32, Twice<A>(coefficients).vectors, dy);        \
     if (output)                                                                                    \
-      in_blocks(                                                                                   \
+      in_blocks<S>(                                                                                \
           rows, channels, PREACT_BLOCKS {                                                          \
             output_grad(g + at, output + at, count, columns, pitch, coefficients + first,          \
                         dy + at);                                                                  \
@@ -115,7 +115,7 @@ PREACT_PROLOGUES(double, double, double)
 #define PREACT_RESIDUAL_GRAD(S, A)                                                           \
   PREACT_CLONES void residual_grad_rows(const S* grad, const S* g, const S* u, int64_t rows, \
                                         int64_t channels, const A* coefficients, S* du) {    \
-    in_blocks(                                                                               \
+    in_blocks<S>(                                                                            \
         rows, channels, PREACT_BLOCKS {                                                      \
           if (grad)                                                                          \
             residual_grad<true>(grad + at, g + at, u + at, count, columns, pitch,            \

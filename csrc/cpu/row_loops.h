@@ -10,32 +10,37 @@ constexpr int64_t kMostColumns = 64;  // of a block
 constexpr int64_t kRoundedRows = 32;  // at a time, so that they stay in the innermost cache
 constexpr int64_t kRowsAhead = 16;    // that are on their way while a row is worked on
 
-// Calls f(at, first, rows, columns, pitch) for blocks of rows and channels: at is where a block
-// starts in [rows, channels], first its first channel, pitch is channels. Where columns is a
-// constant, mean, scale and the like stay in registers over all rows of a block, and so do sums.
-template <int64_t kColumns = kMostColumns, typename F>
-PREACT_INLINE void in_blocks(int64_t rows, int64_t channels, const F& f) {
-  const int64_t together = channels <= kColumns ? rows : 16;
-  for (int64_t row = 0; row < rows; row += together) {
-    const int64_t count = std::min(together, rows - row);
-    int64_t first = 0;
-    for (; first + kColumns <= channels; first += kColumns)
-      f(row * channels + first, first, count, kColumns, channels);
-    const int64_t at = row * channels + first, rest = channels - first;
-    if (kColumns > 32 && rest == 32)
-      f(at, first, count, int64_t{32}, channels);
-    else if (rest == 16)
-      f(at, first, count, int64_t{16}, channels);
-    else if (rest > 0)
-      f(at, first, count, rest, channels);
-  }
-}
-
-// The same without constants, for loops that have no use for them.
+// Calls f(at, first, rows, columns, pitch) for blocks of channels: at is where a block starts in
+// [rows, channels], first its first channel, pitch is channels.
 template <typename F>
 PREACT_INLINE void in_plain_blocks(int64_t rows, int64_t channels, const F& f) {
   for (int64_t first = 0; first < channels; first += kMostColumns)
     f(first, first, rows, std::min(kMostColumns, channels - first), channels);
+}
+
+// The same for blocks of rows and channels. Where columns is a constant, mean, scale and the like
+// stay in registers over all rows of a block, and so do sums. Loops over float64 have no constants:
+// few train in it, and they would make the build longer.
+template <typename S, int64_t kColumns = kMostColumns, typename F>
+PREACT_INLINE void in_blocks(int64_t rows, int64_t channels, const F& f) {
+  if constexpr (std::is_same_v<S, double>) {
+    in_plain_blocks(rows, channels, f);
+  } else {
+    const int64_t together = channels <= kColumns ? rows : 16;
+    for (int64_t row = 0; row < rows; row += together) {
+      const int64_t count = std::min(together, rows - row);
+      int64_t first = 0;
+      for (; first + kColumns <= channels; first += kColumns)
+        f(row * channels + first, first, count, kColumns, channels);
+      const int64_t at = row * channels + first, rest = channels - first;
+      if (kColumns > 32 && rest == 32)
+        f(at, first, count, int64_t{32}, channels);
+      else if (rest == 16)
+        f(at, first, count, int64_t{16}, channels);
+      else if (rest > 0)
+        f(at, first, count, rest, channels);
+    }
+  }
 }
 
 // Calls f(row, rows, to, pitch) for results that it writes in the accumulator's type: where they
@@ -70,12 +75,26 @@ PREACT_INLINE T* offset(T* values, int64_t count) {
   return values ? values + count : nullptr;
 }
 
-// Calls f<4>(row) or f<1>(row) for all rows: sums over four rows stay in registers.
-template <typename F>
+// Calls f<kRows>(row) or f<1>(row) for all rows: sums over kRows of them stay in registers.
+template <int64_t kRows = 4, typename F>
 PREACT_INLINE void in_groups(int64_t rows, const F& f) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) f.template operator()<4>(row);
+  if constexpr (kRows > 1)
+    for (; row + kRows <= rows; row += kRows) f.template operator()<kRows>(row);
   for (; row < rows; ++row) f.template operator()<1>(row);
+}
+
+// Calls f<first, second>(), so that the loops inside know.
+template <typename F>
+PREACT_INLINE void with_constants(bool first, bool second, const F& f) {
+  if (first && second)
+    f.template operator()<true, true>();
+  else if (first)
+    f.template operator()<true, false>();
+  else if (second)
+    f.template operator()<false, true>();
+  else
+    f.template operator()<false, false>();
 }
 
 template <typename A>

@@ -1,0 +1,122 @@
+"""Finds the units in a model's modules, and has them run on the fused functions."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..blocks import PreActStage, PreActUnit
+from ..resnet import PreActResNet
+from .converted import Converted, Row, has_units, install, uninstall
+from .layers import is_batch_norm
+from .program import Program
+from .trace import Untraceable, trace
+
+
+@dataclass
+class Conversion:
+    """What convert() did; as a str, a line for each.
+
+    fused   by a module's name, the units that were found in its forward.
+    left    by a BatchNorm's name, why it runs as before.
+    """
+
+    fused: dict[str, list[str]]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name or 'model'}: {unit}" for name, units in self.fused.items() for unit in units
+        ]
+        lines += [f"{name}: left, {why}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+def convert(model: nn.Module) -> Conversion:
+    """Has a model's layers run on the fused functions where they make up pre-activated units.
+
+    model    any module. It is changed in place: the modules in whose forward units were found run
+             them fused from now on. Parameters, names, hooks, copies and pickles stay as they are.
+    Returns  what was fused and what was left, and why.
+
+    Found are BatchNorm2d, ReLU or SiLU, and Conv2d without bias, one after the other; with other
+    such convolutions before or behind it, and with what is added to the result, it is one unit.
+    forward is read once in training and once in evaluation, without running it (torch.fx). So it
+    must not depend on its tensors' values; if what it does depends on other attributes than
+    `training`, unconvert before they are changed. A module whose layers were replaced, hooked or
+    patched since then runs as before.
+
+    The results are in channels_last, and as close to PyTorch's as those of preact_conv2d.
+    """
+    converter = _Converter()
+    converter.visit(model, "")
+    return Conversion(converter.fused, converter.left(model))
+
+
+def unconvert(model: nn.Module) -> None:
+    """Undoes convert(), in place."""
+    for module in model.modules():
+        uninstall(module)
+
+
+class _Converter:
+    """Goes through a model from its leaves up."""
+
+    def __init__(self) -> None:
+        self.fused: dict[str, list[str]] = {}
+        self.fused_bns: set[str] = set()
+        self.unread: dict[str, str] = {}  # modules by name, and why
+        # Converted, or with something converted inside, or unread: to those above they are layers.
+        self._opaque: set[nn.Module] = set()
+        self._seen: set[nn.Module] = set()
+
+    def visit(self, module: nn.Module, name: str) -> None:
+        if module in self._seen:
+            return
+        self._seen.add(module)
+        if isinstance(module, Converted | PreActUnit | PreActStage | PreActResNet):
+            self._opaque.add(module)
+            return
+        if not module._modules or isinstance(module, _BatchNorm):
+            return
+        for child_name, child in module.named_children():
+            self.visit(child, _join(name, child_name))
+        try:
+            training, evaluation = (self._program(module, mode) for mode in (True, False))
+        except Untraceable as why:
+            self.unread[name] = str(why)
+            self._opaque.add(module)
+            return
+        units = training.units or evaluation.units
+        if units:
+            install(module, training, evaluation)
+            self.fused[name] = [str(unit) for unit in units]
+            self.fused_bns |= {_join(name, bn) for unit in units for bn in unit.bns if bn}
+        elif type(module) is nn.Sequential and has_units(module):
+            install(module, Row(), Row())
+        if units or any(child in self._opaque for child in module.children()):
+            self._opaque.add(module)
+
+    def _program(self, module: nn.Module, training: bool) -> Program:
+        graph, inlined = trace(module, self._opaque, training=training)
+        return Program(graph, module, inlined)
+
+    def left(self, model: nn.Module) -> dict[str, str]:
+        """BatchNorms that run as before, and why."""
+        return {
+            name: self._why_left(name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and name not in self.fused_bns
+        }
+
+    def _why_left(self, name: str, bn: nn.Module) -> str:
+        for parent, why in self.unread.items():
+            if name.startswith(f"{parent}." if parent else ""):
+                return f"the forward of {parent or 'the model'} cannot be read: {why}"
+        if not is_batch_norm(bn):
+            return f"it is no plain BatchNorm2d, but a {type(bn).__name__}"
+        return "its result does not go to a ReLU or SiLU alone"
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child

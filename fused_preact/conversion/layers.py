@@ -1,0 +1,75 @@
+"""The layers of a unit, by their names in a module, and what they are as functional.Unit."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .. import blocks
+from ..functional import BatchNorm, Unit
+
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+
+
+class Layers(NamedTuple):
+    """One name in each of the first three for each convolution; without any, a BatchNorm's."""
+
+    bns: tuple[str | None, ...]  # only the first may be None
+    activations: tuple[str | None, ...]  # None where it is a function
+    convs: tuple[str, ...]
+    shortcut: str | None  # as functional.Unit has it
+    projection: str | None
+    activation: str
+
+    def read(self, module: nn.Module) -> Unit | None:
+        """Their tensors and settings, if they are PyTorch's own and calling them does no more."""
+        for name in self.activations:
+            if name is not None and not self._is_activation(child(module, name)):
+                return None
+        bns: list[BatchNorm | None] = []
+        for name in self.bns:
+            bn = None if name is None else child(module, name)
+            if name is not None and not is_batch_norm(bn):
+                return None
+            bns.append(None if bn is None else blocks.read_batch_norm(bn))
+        names = self.convs if self.projection is None else (*self.convs, self.projection)
+        convs = [child(module, name) for name in names]
+        if not all(conv is not None and blocks.is_plain_conv(conv) for conv in convs):
+            return None
+        read = [blocks.read_conv(conv) for conv in convs]
+        n = len(self.convs)
+        return Unit(bns, read[:n], self.shortcut, read[n] if self.projection else None)
+
+    def _is_activation(self, layer: nn.Module | None) -> bool:
+        return layer is not None and activation_of(layer) == self.activation
+
+    def __str__(self) -> str:
+        parts = [f"{self.activation}({bn})" for bn in self.bns if bn]
+        parts = [
+            " ".join(filter(None, [bn and f"{bn} {self.activation}", conv]))
+            for bn, conv in zip(self.bns, self.convs or ("",), strict=True)
+        ]
+        text = " ".join(parts)
+        if self.shortcut is None:
+            return text
+        source = "the input" if self.shortcut == "input" else "the first activation"
+        return f"{text} + {self.projection + ' of ' if self.projection else ''}{source}"
+
+
+def child(module: nn.Module, path: str) -> Any:
+    """The module of this name below it, None if there is none."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
+
+
+def activation_of(layer: nn.Module) -> str | None:
+    """Its name, of one of PyTorch's own layers that nobody hooked or patched."""
+    kind = type(layer)
+    return ACTIVATIONS[kind] if kind in ACTIVATIONS and blocks.is_unchanged(layer, kind) else None
+
+
+def is_batch_norm(layer: Any) -> bool:
+    """Whether it is a plain nn.BatchNorm2d, or timm's, which is one followed by two children."""
+    timm = type(layer).__name__ == "BatchNormAct2d" and type(layer).__module__.startswith("timm.")
+    return blocks.is_unchanged(layer, type(layer) if timm else nn.BatchNorm2d)

@@ -1,0 +1,588 @@
+"""convert() on networks as others write them: the same results, by fewer kernels."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from eager_models import (
+    EagerBlock,
+    EagerBottleneck,
+    EagerResNet,
+    assert_rule,
+    assert_same,
+    clear_images,
+    eager_stages,
+    randomise,
+    results,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fused_preact
+from fused_preact.conversion.converted import Converted
+
+# --- networks of others --------------------------------------------------------------------------
+
+
+class WideUnit(nn.Module):
+    """As the WideResNets of adversarial training write it."""
+
+    def __init__(self, in_planes, planes, stride, droprate=0.0, act=nn.ReLU):
+        super().__init__()
+        self.bn1, self.act1 = nn.BatchNorm2d(in_planes), act(inplace=True)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn2, self.act2 = nn.BatchNorm2d(planes), act(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.droprate = droprate
+        self.same = in_planes == planes
+        self.project = None if self.same else nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+
+    def forward(self, x):
+        if not self.same:
+            x = self.act1(self.bn1(x))
+        else:
+            out = self.act1(self.bn1(x))
+        out = self.act2(self.bn2(self.conv1(out if self.same else x)))
+        if self.droprate > 0:
+            out = F.dropout(out, p=self.droprate, training=self.training)
+        out = self.conv2(out)
+        return torch.add(x if self.same else self.project(x), out)
+
+
+class WideDropoutUnit(nn.Module):
+    """With dropout as a layer before the second BatchNorm, and an addition in place."""
+
+    def __init__(self, planes):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(planes), nn.BatchNorm2d(planes)
+        self.conv1, self.conv2 = (nn.Conv2d(planes, planes, 3, 1, 1, bias=False) for _ in "12")
+        self.dropout = nn.Dropout(0.3)
+        self.shortcut = nn.Sequential()
+
+    def forward(self, x):
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))
+        out = self.conv2(F.relu(self.bn2(out)))
+        out += self.shortcut(x)
+        return out
+
+
+def wide(**options):
+    units = [WideUnit(8, 16, 1, **options), WideUnit(16, 16, 1, **options)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Sequential(*units))
+
+
+def dense():
+    return torchvision.models.DenseNet(4, (2, 2), num_init_features=8, num_classes=3)
+
+
+def preact(block):
+    return EagerResNet(8, eager_stages(block, (2, 2), (8, 8), 8))
+
+
+NETWORKS = {
+    "basic": lambda: preact(EagerBlock),
+    "bottleneck": lambda: preact(EagerBottleneck),
+    "wide": wide,
+    "wide, SiLU": lambda: wide(act=nn.SiLU),
+    "wide, dropout": lambda: wide(droprate=0.3),
+    "dropout between": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), WideDropoutUnit(8)),
+    "torchvision DenseNet": dense,
+    "torchvision ResNet": lambda: torchvision.models.resnet18(num_classes=3),
+    "timm ResNetV2": lambda: timm.create_model("resnetv2_50", num_classes=3, layers=(1, 2, 1, 1)),
+    "timm ResNetV2, average": lambda: timm.create_model("resnetv2_18d", num_classes=3),
+}
+
+
+def pair(name):
+    """A network as it was, and a converted one."""
+    eager = randomise(NETWORKS[name]().train())
+    model = copy.deepcopy(eager)
+    conversion = fused_preact.convert(model)
+    assert conversion.fused
+    return eager, model
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_results_are_the_same(name, training):
+    """In float64, outputs, gradients and running statistics; and the names of all."""
+    eager, model = pair(name)
+    eager.double().train(training), model.double().train(training)
+    assert list(model.state_dict()) == list(eager.state_dict())
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    # what dropout draws goes by the layout in memory
+    assert_same(model, eager, images.contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "wide", "wide, SiLU"])
+def test_the_tolerance_rule_holds(name, training):
+    eager, model = pair(name)
+    images = clear_images(eager.train(training), 4, 3, 8, 8)
+    assert_rule(model.train(training), eager, images)
+
+
+def test_what_was_found_is_said():
+    network = preact(EagerBlock)
+    conversion = fused_preact.convert(network)
+    assert conversion.fused["layer1.0"] == ["bn1 relu conv1 bn2 relu conv2 + the input"]
+    assert conversion.fused["layer2.0"] == [
+        "bn1 relu conv1 bn2 relu conv2 + shortcut.0 of the first activation"
+    ]
+    assert conversion.fused[""] == ["bn relu"]
+    assert conversion.left == {}
+    assert "layer1.0: bn1 relu conv1 bn2 relu conv2 + the input\n" in str(conversion)
+
+
+def calls(model, images):
+    """Operators of ours that a forward pass calls."""
+    with torch.profiler.profile() as profile:
+        model(images)
+    return [e.name for e in profile.events() if e.name.startswith("fused_preact::")]
+
+
+def test_units_of_a_sequential_share_a_call():
+    """As they do in a PreActStage."""
+    model = nn.Sequential(*(EagerBlock(8, 8) for _ in range(3)))
+    fused_preact.convert(model)
+    found = calls(model, torch.randn(2, 8, 6, 6))
+    assert [name for name in found if "units" in name] == ["fused_preact::preact_units_forward"]
+
+
+def test_half_is_saved_for_the_backward_pass():
+    """Of a dense layer: its input and one more activation, instead of each normalised as well."""
+    layer = torchvision.models.densenet._DenseLayer(32, 8, 4, 0.0)
+    fused_preact.convert(layer)
+    saved = {}
+
+    def pack(tensor):
+        if tensor.dim() == 4 and not isinstance(tensor, nn.Parameter):
+            saved[tensor.data_ptr()] = tensor.shape[1]
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer([torch.randn(2, 32, 8, 8, requires_grad=True)]).sum()
+    weights = {parameter.data_ptr() for parameter in layer.parameters()}
+    assert sum(saved[at] for at in saved.keys() - weights) == 32 + 32
+
+
+# --- forwards that must not be changed -----------------------------------------------------------
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.last = None
+
+
+class Writes(Layers):
+    def forward(self, x):
+        self.last = self.conv(F.relu(self.bn(x)))
+        return self.last
+
+
+class Appends(Layers):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(self.conv(F.relu(self.bn(x))))
+        return self.seen[-1]
+
+
+class Caches(Layers):
+    def __init__(self):
+        super().__init__()
+        self.cache = {"h": None}
+
+    def forward(self, x):
+        self.cache["h"] = F.relu(self.bn(x))
+        return self.conv(self.cache["h"])
+
+
+class NoGrad(Layers):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(x)))
+
+
+class NoGradInside(Layers):
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.bn(x)
+        return self.conv(F.relu(h))
+
+
+class LooksAtValues(Layers):
+    def forward(self, x):
+        y = self.conv(F.relu(self.bn(x)))
+        return y if y.sum() > 0 else -y
+
+
+class Checkpointed(Layers):
+    def forward(self, x):
+        return checkpoint(lambda x: self.conv(F.relu(self.bn(x))), x, use_reentrant=False) + (
+            x if x.requires_grad else 0
+        )
+
+
+class AnyArguments(Layers):
+    def forward(self, *inputs):
+        return self.conv(F.relu(self.bn(inputs[0])))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Writes, Appends, Caches, NoGrad, NoGradInside, LooksAtValues, Checkpointed, AnyArguments],
+)
+def test_a_forward_that_cannot_be_read_is_left(kind):
+    """And so are the module's attributes."""
+    module = kind()
+    before = dict(vars(module))
+    conversion = fused_preact.convert(module)
+    assert conversion.fused == {} and not isinstance(module, Converted)
+    assert conversion.left["bn"].startswith("the forward of the model cannot be read: ")
+    assert vars(module) == before and getattr(module, "seen", []) == []
+    assert getattr(module, "cache", {"h": None}) == {"h": None}
+
+
+class ReadTwice(Layers):
+    def forward(self, x):
+        h = self.bn(x)
+        return self.conv(F.relu(h)) + h
+
+
+class CalledTwice(Layers):
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(self.conv(F.relu(self.bn(x))))))
+
+
+class OtherLayers(Layers):
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(x)))
+
+
+@pytest.mark.parametrize(
+    ("module", "fused"),
+    [
+        (ReadTwice(), None),
+        (CalledTwice(), None),
+        (OtherLayers(bn=nn.GroupNorm(2, 8)), None),
+        (OtherLayers(bn=nn.InstanceNorm2d(8)), None),
+        (OtherLayers(conv=nn.Conv2d(8, 8, 3, padding=1)), "bn relu"),
+        (OtherLayers(conv=nn.Conv2d(8, 8, 3, padding="same", bias=False)), "bn relu"),
+        (
+            OtherLayers(conv=nn.Conv2d(8, 8, 3, 1, 1, bias=False, padding_mode="circular")),
+            "bn relu",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_unit_is_left(module, fused):
+    eager = copy.deepcopy(module).double()
+    conversion = fused_preact.convert(module)
+    assert conversion.fused == ({"": [fused]} if fused else {})
+    assert_same(module.double(), eager, torch.randn(2, 8, 6, 6, dtype=torch.float64))
+
+
+class AddsInPlace(Layers):
+    """Afterwards the module's input has changed, as its caller may know."""
+
+    def forward(self, x):
+        x += self.conv(F.relu(self.bn(x)))
+        return x
+
+
+class AddsRow(Layers):
+    """What is added has another shape than the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.row = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(x))) + self.row
+
+
+@pytest.mark.parametrize("kind", [AddsInPlace, AddsRow])
+def test_other_additions(kind):
+    module = kind().double()
+    eager = copy.deepcopy(module)
+    assert fused_preact.convert(module).fused == {"": ["bn relu conv"]}
+    images = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    here, there = images.clone(), images.clone()
+    torch.testing.assert_close(module(here), eager(there))
+    torch.testing.assert_close(here, there)
+
+
+class WritesBetween(Layers):
+    """Run at the end, a unit would read what was written meanwhile."""
+
+    def forward(self, x):
+        h = self.bn(x)
+        x.add_(1)
+        return self.conv(F.relu(h))
+
+
+def test_writes_between_layers():
+    module = WritesBetween().double()
+    eager = copy.deepcopy(module)
+    assert fused_preact.convert(module).fused == {}
+    images = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(module(images.clone()), eager(images.clone()))
+
+
+class Random(nn.Module):
+    """Layers in a random order, reading what one of the last three gave; some write in place."""
+
+    def __init__(self, seed):
+        super().__init__()
+        draw = random.Random(seed)
+        self.steps = []
+        self.layers = nn.ModuleList()
+        live = [0]
+
+        def step(kind, layer, *operands):
+            self.layers.append(layer or nn.Identity())
+            self.steps.append((kind, *operands))
+            live.append(len(self.steps))
+            return live[-1]
+
+        def conv():
+            return nn.Conv2d(4, 4, 3, padding=1, bias=draw.random() < 0.1)
+
+        for _ in range(12):
+            u = draw.choice(live[-3:])
+            kind = draw.choice(
+                ["unit"] * 6 + ["bn", "relu", "conv", "add", "add in place", "scale"]
+            )
+            if kind == "bn":
+                step("layer", nn.BatchNorm2d(4), u)
+            elif kind == "relu":
+                step("layer", nn.ReLU(inplace=draw.random() < 0.3), u)
+            elif kind == "conv":
+                step("layer", conv(), u)
+            elif kind == "unit":
+                start = u
+                for _ in range(draw.randint(1, 3)):
+                    u = step("layer", nn.BatchNorm2d(4), u)
+                    act = draw.choice([nn.ReLU] * 4 + [nn.SiLU])
+                    u = step("layer", act(inplace=draw.random() < 0.5), u)
+                    u = step("layer", conv(), u)
+                if draw.random() < 0.7:
+                    step(draw.choice(["add", "add in place"]), None, u, start)
+            else:
+                step(kind, None, u, draw.choice(live[-3:]))
+
+    def forward(self, x):
+        values = [x]
+        for (kind, *operands), layer in zip(self.steps, self.layers, strict=True):
+            a, *rest = (values[i] for i in operands)
+            if kind == "layer":
+                values.append(layer(a))
+            elif kind == "add":
+                values.append(a + rest[0])
+            elif kind == "add in place":
+                a += rest[0]
+                values.append(a)
+            else:
+                values.append(a * 0.7)
+        return values[-1] + values[-2]
+
+
+def test_random_forwards():
+    """Whatever reads, writes and adds what, the results are the same."""
+    compared = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        eager = Random(seed).double()
+        model = copy.deepcopy(eager)
+        fused_preact.convert(model)
+        images = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+        for training in (True, False):
+            eager.train(training), model.train(training)
+            model.load_state_dict(eager.state_dict())
+            try:
+                theirs = results(nn.Sequential(nn.Identity(), _Times(), eager), images)
+            except RuntimeError:  # what it writes to was saved for its backward pass
+                continue
+            ours = results(nn.Sequential(nn.Identity(), _Times(), model), images)
+            scale = max(t.abs().max().item() for n, t in theirs.items() if n.startswith("grad"))
+            for name, tensor in ours.items():
+                assert (tensor - theirs[name]).abs().max() <= 1e-9 * max(1, scale), (seed, name)
+            compared += 1
+    assert compared > 30
+
+
+class _Times(nn.Module):
+    """So that what follows may write to its input, which is then no leaf."""
+
+    def forward(self, x):
+        return 1 * x
+
+
+# --- modules that change afterwards --------------------------------------------------------------
+
+
+def unit_and_images():
+    torch.manual_seed(0)
+    unit = randomise(WideUnit(8, 16, 1)).double()
+    return unit, torch.randn(2, 8, 6, 6, dtype=torch.float64)
+
+
+def spectral(unit):
+    nn.utils.parametrizations.spectral_norm(unit.conv1)
+
+
+def projects_by_a_sequence(unit):
+    unit.project = nn.Sequential(unit.project, nn.BatchNorm2d(16).double())
+
+
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        (lambda unit: setattr(unit, "bn2", nn.GroupNorm(4, 16).double()), False),
+        (lambda unit: setattr(unit, "act2", nn.GELU()), False),
+        (lambda unit: setattr(unit, "conv2", nn.Conv2d(16, 16, 3, padding=1).double()), False),
+        (projects_by_a_sequence, False),
+        (lambda unit: unit.bn1.eval(), True),
+        (lambda unit: unit.bn1.requires_grad_(False), True),
+        (spectral, True),
+    ],
+)
+def test_changed_layers_count(change, fused):
+    """From the next forward on: by the fused functions, or where they cannot, as before."""
+    unit, images = unit_and_images()
+    model = copy.deepcopy(unit)
+    fused_preact.convert(model)
+    for module in (unit, model):
+        torch.manual_seed(1)
+        change(module)
+    assert bool(calls(model, images)) == fused
+    unit.load_state_dict(model.state_dict())
+    assert_same(model, unit, images)
+
+
+@pytest.mark.parametrize("layer", ["bn1", "act1", "conv1", "conv2", "project"])
+def test_hooked_layers_are_called(layer):
+    unit, images = unit_and_images()
+    fused_preact.convert(unit)
+    seen = []
+    handle = getattr(unit, layer).register_forward_hook(lambda *_: seen.append(layer))
+    unit(images)
+    assert seen == [layer]
+    handle.remove()
+    assert calls(unit, images) and seen == [layer]
+
+
+def test_other_arguments_run_as_before():
+    """A dense layer takes a list of tensors, or one."""
+    layer = torchvision.models.densenet._DenseLayer(8, 4, 2, 0.0).eval()
+    images = torch.randn(2, 8, 6, 6)
+    expected = layer([images])
+    fused_preact.convert(layer)
+    assert calls(layer, [images]) and not calls(layer, images)
+    torch.testing.assert_close(layer([images]), expected)
+    torch.testing.assert_close(layer(images), expected)
+    torch.testing.assert_close(layer(input=images), expected)
+
+
+def test_modes_differ():
+    """Dropout between activation and convolution keeps a unit apart in training alone."""
+    unit = WideUnit(16, 16, 1, droprate=0.5).double()
+    fused_preact.convert(unit)
+    images = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    names = [name.split("::")[1] for name in calls(unit, images)]
+    assert "bn_relu_forward" in names
+    assert "bn_relu_forward" not in [name.split("::")[1] for name in calls(unit.eval(), images)]
+
+
+# --- what else people do with modules ------------------------------------------------------------
+
+
+def test_unconvert():
+    """Classes are what they were; what it computes then is PyTorch's to the bit."""
+    eager, model = pair("basic")
+    kinds = [type(module) for module in eager.modules()]
+    assert [type(module) for module in model.modules()] != kinds
+    assert all(map(isinstance, model.modules(), kinds))
+    fused_preact.unconvert(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert [vars(module).keys() for module in model.modules()] == [
+        vars(module).keys() for module in eager.modules()
+    ]
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(images), eager(images))
+
+
+def test_converting_again_changes_nothing():
+    model = preact(EagerBlock)
+    fused_preact.convert(model)
+    kinds = [type(module) for module in model.modules()]
+    assert fused_preact.convert(model).fused == {}
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("name", ["basic", "torchvision DenseNet"])
+def test_copies_are_converted(name, copied):
+    _, model = pair(name)
+    twin = copied(model)
+    images = torch.randn(2, 3, 32, 32)
+    assert calls(twin, images) == calls(model, images) != []
+    twin.load_state_dict(model.state_dict())
+    theirs = results(model, images)
+    for name, tensor in results(twin, images).items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert not {p.data_ptr() for p in model.parameters()} & {
+        p.data_ptr() for p in twin.parameters()
+    }
+
+
+def test_replicas_have_parameters_of_their_own():
+    """As nn.DataParallel makes them: a forward must read those of the module it is called on."""
+    unit, images = unit_and_images()
+    fused_preact.convert(unit)
+    replica = unit._replicate_for_data_parallel()
+    for name, child in unit.named_children():
+        replica._modules[name] = copy.deepcopy(child)
+    nn.init.zeros_(replica.conv2.weight)
+    nn.init.zeros_(replica.project.weight)
+    assert replica(images).abs().max() == 0
+
+
+def test_compiles_without_a_graph_break():
+    eager, model = pair("wide")
+    eager.eval(), model.eval()
+    images = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), eager(images))
+
+
+def test_a_class_that_changed_again_is_not_undone():
+    model = WideUnit(8, 8, 1)
+    fused_preact.convert(model)
+    model.__class__ = type("Sharded", (type(model),), {})
+    with pytest.raises(RuntimeError, match="unconvert: after its conversion a module became a Sha"):
+        fused_preact.unconvert(model)
+
+
+def test_our_own_modules_are_left_alone():
+    model = fused_preact.preact_resnet_cifar(20)
+    kinds = [type(module) for module in model.modules()]
+    fused_preact.convert(nn.Sequential(model))
+    assert [type(module) for module in model.modules()] == kinds
