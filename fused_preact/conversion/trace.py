@@ -84,8 +84,8 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     )
 
 
-for _name in "add sub mul matmul truediv floordiv mod pow and or xor".split():
-    setattr(_Proxy, f"__i{_name}__", _in_place(f"__i{_name}__"))
+for _name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor".split():  # noqa: SIM905
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
 def _modes() -> tuple[bool, ...]:
