@@ -139,6 +139,29 @@ def test_what_was_found_is_said():
     assert "layer1.0: bn1 relu conv1 bn2 relu conv2 + the input\n" in str(conversion)
 
 
+def test_why_something_was_left_is_said():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.units = nn.ModuleList(
+                [EagerBlock(8, 8), torchvision.models.resnet.BasicBlock(8, 8)]
+            )
+            self.bn = nn.BatchNorm2d(8)
+            self.sync = nn.SyncBatchNorm(8)
+
+        def forward(self, x):
+            for unit in self.units:
+                x = unit(x) if x.mean() > 0 else x
+            return F.relu(self.sync(F.relu(self.bn(x))))
+
+    conversion = fused_preact.convert(Network())
+    assert list(conversion.fused) == ["units.0", "units.1"]
+    assert conversion.left["units.1.bn2"] == "its result does not go to a ReLU or SiLU alone"
+    assert conversion.left["bn"].startswith("the forward of the model cannot be read: TraceError")
+    assert conversion.left["sync"] == "it is no plain BatchNorm2d, but a SyncBatchNorm"
+    assert "\nbn: left, the forward of the model cannot be read" in str(conversion)
+
+
 def calls(model, images):
     """Operators of ours that a forward pass calls."""
     with torch.profiler.profile() as profile:
@@ -477,6 +500,14 @@ def test_changed_layers_count(change, fused):
     assert_same(model, unit, images)
 
 
+def test_dropout_in_timms_batch_norm_is_heeded():
+    """Its own layer for it, which only a few of its networks use."""
+    layers = nn.Sequential(timm.layers.BatchNormAct2d(8), nn.Conv2d(8, 8, 3, bias=False))
+    assert fused_preact.convert(layers).fused == {"": ["0 relu 1"]}
+    layers[0].drop = nn.Dropout(1.0)
+    assert layers(torch.randn(2, 8, 6, 6)).abs().max() == 0
+
+
 @pytest.mark.parametrize("layer", ["bn1", "act1", "conv1", "conv2", "project"])
 def test_hooked_layers_are_called(layer):
     unit, images = unit_and_images()
@@ -533,7 +564,8 @@ def test_converting_again_changes_nothing():
     model = preact(EagerBlock)
     fused_preact.convert(model)
     kinds = [type(module) for module in model.modules()]
-    assert fused_preact.convert(model).fused == {}
+    again = fused_preact.convert(model)
+    assert again.fused == again.left == {}
     assert [type(module) for module in model.modules()] == kinds
 
 
@@ -584,5 +616,6 @@ def test_a_class_that_changed_again_is_not_undone():
 def test_our_own_modules_are_left_alone():
     model = fused_preact.preact_resnet_cifar(20)
     kinds = [type(module) for module in model.modules()]
-    fused_preact.convert(nn.Sequential(model))
+    conversion = fused_preact.convert(nn.Sequential(model))
+    assert conversion.fused == conversion.left == {}
     assert [type(module) for module in model.modules()] == kinds

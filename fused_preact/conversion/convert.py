@@ -64,7 +64,7 @@ class _Converter:
 
     def __init__(self) -> None:
         self.fused: dict[str, list[str]] = {}
-        self.fused_bns: set[str] = set()
+        self.fused_bns: set[str] = set()  # among them those of modules that were fused before
         self.unread: dict[str, str] = {}  # modules by name, and why
         # Converted, or with something converted inside, or unread: to those above they are layers.
         self._opaque: set[nn.Module] = set()
@@ -76,11 +76,18 @@ class _Converter:
         self._seen.add(module)
         if isinstance(module, Converted | PreActUnit | PreActStage | PreActResNet):
             self._opaque.add(module)
+            self.fused_bns |= {_join(name, bn) for bn, _ in module.named_modules() if bn}
             return
         if not module._modules or isinstance(module, _BatchNorm):
             return
         for child_name, child in module.named_children():
             self.visit(child, _join(name, child_name))
+        if any(child in self._opaque for child in module.children()):
+            self._opaque.add(module)
+        if type(module).forward is not nn.Module.forward:  # of a ModuleList there is none
+            self._convert(module, name)
+
+    def _convert(self, module: nn.Module, name: str) -> None:
         try:
             training, evaluation = (self._program(module, mode) for mode in (True, False))
         except Untraceable as why:
@@ -94,7 +101,7 @@ class _Converter:
             self.fused_bns |= {_join(name, bn) for unit in units for bn in unit.bns if bn}
         elif type(module) is nn.Sequential and has_units(module):
             install(module, Row(), Row())
-        if units or any(child in self._opaque for child in module.children()):
+        if isinstance(module, Converted):
             self._opaque.add(module)
 
     def _program(self, module: nn.Module, training: bool) -> Program:
@@ -110,11 +117,14 @@ class _Converter:
         }
 
     def _why_left(self, name: str, bn: nn.Module) -> str:
-        for parent, why in self.unread.items():
-            if name.startswith(f"{parent}." if parent else ""):
-                return f"the forward of {parent or 'the model'} cannot be read: {why}"
         if not is_batch_norm(bn):
             return f"it is no plain BatchNorm2d, but a {type(bn).__name__}"
+        parent = name
+        while parent and parent not in self.fused:
+            parent = parent.rpartition(".")[0]
+            if parent in self.unread:
+                why = self.unread[parent]
+                return f"the forward of {parent or 'the model'} cannot be read: {why}"
         return "its result does not go to a ReLU or SiLU alone"
 
 

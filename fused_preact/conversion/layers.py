@@ -43,16 +43,14 @@ class Layers(NamedTuple):
         return layer is not None and activation_of(layer) == self.activation
 
     def __str__(self) -> str:
-        parts = [f"{self.activation}({bn})" for bn in self.bns if bn]
-        parts = [
-            " ".join(filter(None, [bn and f"{bn} {self.activation}", conv]))
-            for bn, conv in zip(self.bns, self.convs or ("",), strict=True)
-        ]
-        text = " ".join(parts)
-        if self.shortcut is None:
-            return text
-        source = "the input" if self.shortcut == "input" else "the first activation"
-        return f"{text} + {self.projection + ' of ' if self.projection else ''}{source}"
+        words: list[str] = []
+        for bn, conv in zip(self.bns, self.convs or ("",), strict=True):
+            words += [bn, self.activation] if bn else []
+            words += [conv] if conv else []
+        if self.shortcut is not None:
+            words += ["+", *([self.projection, "of"] if self.projection else [])]
+            words += ["the input" if self.shortcut == "input" else "the first activation"]
+        return " ".join(words)
 
 
 def child(module: nn.Module, path: str) -> Any:
@@ -70,6 +68,8 @@ def activation_of(layer: nn.Module) -> str | None:
 
 
 def is_batch_norm(layer: Any) -> bool:
-    """Whether it is a plain nn.BatchNorm2d, or timm's, which is one followed by two children."""
-    timm = type(layer).__name__ == "BatchNormAct2d" and type(layer).__module__.startswith("timm.")
-    return blocks.is_unchanged(layer, type(layer) if timm else nn.BatchNorm2d)
+    """Whether it is a plain nn.BatchNorm2d, or timm's, which holds its activation as `act`."""
+    kind = type(layer)
+    if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        return blocks.is_unchanged(layer, kind) and blocks.is_unchanged(layer.drop, nn.Identity)
+    return blocks.is_unchanged(layer, nn.BatchNorm2d)

@@ -189,7 +189,7 @@ class Finder:
         if type(layer) is nn.BatchNorm2d or not self._is_bn(layer):
             return None
         activation = activation_of(layer.act)
-        if activation is None or type(layer.drop) is not nn.Identity:
+        if activation is None:
             return None
         return _Preact(str(h.target), f"{h.target}.act", activation, _operand(h), [h])
 
