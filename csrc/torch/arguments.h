@@ -126,15 +126,19 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
+// A call through torch's dispatcher costs a microsecond even where nothing is to be done.
+inline Tensor channels_last(const Tensor& tensor) {
+  return is_channels_last(tensor) ? tensor
+                                  : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
+}
+
 // input's dtype and the given shape, in channels_last memory
 inline Tensor activation(const char* name, const Tensor& tensor, const Tensor& input,
                          const ImageShape& shape) {
   check_shape(name, tensor, sizes_of(shape));
   check_dtype(name, tensor, input.scalar_type());
   check_device(name, tensor, input);
-  // A call through torch's dispatcher costs a microsecond even where nothing is to be done.
-  return is_channels_last(tensor) ? tensor
-                                  : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
+  return channels_last(tensor);
 }
 
 inline Tensor in_order(const Tensor& tensor) {

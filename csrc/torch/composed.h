@@ -9,11 +9,6 @@
 
 namespace preact {
 
-inline Tensor channels_last(const Tensor& tensor) {
-  return is_channels_last(tensor) ? tensor
-                                  : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
-}
-
 // An operator of PyTorch, which takes its arguments from the stack and leaves its results there.
 template <size_t kSize>
 void call_aten(const char* name, const char* overload, std::array<StableIValue, kSize>& stack) {
