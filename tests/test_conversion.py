@@ -244,6 +244,23 @@ class NoGradInside(Layers):
         return self.conv(F.relu(h))
 
 
+class Draws(Layers):
+    """Stochastic depth as some write it."""
+
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(x))) if torch.rand(1) < 0.5 else x
+
+
+class DrawsByPython(Layers):
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(x))) if random.random() < 0.5 else x
+
+
+class MakesTensors(Layers):
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(x))) * torch.ones(1)
+
+
 class LooksAtValues(Layers):
     def forward(self, x):
         y = self.conv(F.relu(self.bn(x)))
@@ -263,16 +280,28 @@ class AnyArguments(Layers):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [Writes, Appends, Caches, NoGrad, NoGradInside, LooksAtValues, Checkpointed, AnyArguments],
+    ("kind", "why"),
+    [
+        (Writes, "it writes to attributes"),
+        (Appends, "it writes to attributes"),
+        (Caches, "it writes to attributes"),
+        (NoGrad, "it switches gradients or autocast on or off"),
+        (NoGradInside, "it switches gradients or autocast on or off"),
+        (Draws, "it draws random numbers by itself"),
+        (DrawsByPython, "it draws random numbers by itself"),
+        (MakesTensors, "it makes a tensor of its own"),
+        (LooksAtValues, "TraceError: symbolically traced variables cannot be used as inputs"),
+        (Checkpointed, ""),
+        (AnyArguments, "it takes *inputs"),
+    ],
 )
-def test_a_forward_that_cannot_be_read_is_left(kind):
+def test_a_forward_that_cannot_be_read_is_left(kind, why):
     """And so are the module's attributes."""
     module = kind()
     before = dict(vars(module))
     conversion = fused_preact.convert(module)
     assert conversion.fused == {} and not isinstance(module, Converted)
-    assert conversion.left["bn"].startswith("the forward of the model cannot be read: ")
+    assert conversion.left["bn"].startswith(f"the forward of the model cannot be read: {why}")
     assert vars(module) == before and getattr(module, "seen", []) == []
     assert getattr(module, "cache", {"h": None}) == {"h": None}
 
@@ -482,6 +511,8 @@ def projects_by_a_sequence(unit):
         (lambda unit: setattr(unit, "act2", nn.GELU()), False),
         (lambda unit: setattr(unit, "conv2", nn.Conv2d(16, 16, 3, padding=1).double()), False),
         (projects_by_a_sequence, False),
+        (lambda unit: setattr(unit, "droprate", 0.5), False),
+        (lambda unit: unit.add_module("extra", nn.Identity()), False),
         (lambda unit: unit.bn1.eval(), True),
         (lambda unit: unit.bn1.requires_grad_(False), True),
         (spectral, True),

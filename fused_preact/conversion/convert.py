@@ -41,10 +41,10 @@ def convert(model: nn.Module) -> Conversion:
 
     Found are BatchNorm2d, ReLU or SiLU, and Conv2d without bias, one after the other; with other
     such convolutions before or behind it, and with what is added to the result, it is one unit.
-    forward is read once in training and once in evaluation, without running it (torch.fx). So it
-    must not depend on its tensors' values; if what it does depends on other attributes than
-    `training`, unconvert before they are changed. A module whose layers were replaced, hooked or
-    patched since then runs as before.
+    forward is read once in training and once in evaluation, without running it (torch.fx); so what
+    it does must not depend on its tensors' values. A module runs as before while its layers, its
+    attributes (numbers, strings and the like) or its arguments are not what they were then, and
+    while a layer is hooked or patched.
 
     The results are in channels_last, and as close to PyTorch's as those of preact_conv2d.
     """

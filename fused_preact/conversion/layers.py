@@ -54,9 +54,9 @@ class Layers(NamedTuple):
 
 
 def child(module: nn.Module, path: str) -> Any:
-    """The module of this name below it, None if there is none."""
+    """The module of this name below it, itself if that is "", None if there is none."""
     found: nn.Module | None = module
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         found = None if found is None else found._modules.get(name)
     return found
 

@@ -19,20 +19,42 @@ from .match import Finder, Match
 _LISTS = (torch.cat, torch.concat, torch.stack)  # of what they take first
 
 
-class Inlined(NamedTuple):
-    """A module below the converted one whose own forward is part of the program."""
+_OF_EVERY_MODULE = vars(nn.Module()).keys()  # attributes: `training`, and what nn.Module holds
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
-    name: str
+
+class State(NamedTuple):
+    """What a program takes for granted of a module whose own forward is a part of it."""
+
+    name: str  # below the converted module, which is ""
     kind: type[nn.Module]
-    children: int
+    children: list[str]
+    attributes: dict[str, Any]  # numbers, strings and the like
 
-    def is_as_it_was(self, module: nn.Module) -> bool:
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> "State":
+        own = child(module, name)
+        attributes = {
+            attribute: value
+            for attribute, value in vars(own).items()
+            if type(value) in _PLAIN and attribute not in _OF_EVERY_MODULE
+        }
+        return cls(name, type(own), _children(own), attributes)
+
+    def is_that_of(self, module: nn.Module) -> bool:
         own = child(module, self.name)
-        return (
-            blocks.is_unchanged(own, self.kind)
-            and own.training == module.training
-            and len(own._modules) == self.children
+        if own is not module and not (
+            blocks.is_unchanged(own, self.kind) and own.training == module.training
+        ):
+            return False
+        now = vars(own)
+        return _children(own) == self.children and all(
+            name in now and now[name] == value for name, value in self.attributes.items()
         )
+
+
+def _children(module: nn.Module) -> list[str]:
+    return [name for name, child in module._modules.items() if child is not None]
 
 
 class Program:
@@ -44,9 +66,8 @@ class Program:
         self.units = [match.layers for match in matches]
         self.takes_lists = [_is_list(n) for n in graph.nodes if n.op == "placeholder"]
         self.is_unit = len(matches) == 1 and _is_all(matches[0], graph)
-        names = dict.fromkeys([*inlined, *identities])
-        layers = [(name, child(module, name)) for name in names]
-        self.inlined = [Inlined(name, type(layer), len(layer._modules)) for name, layer in layers]
+        names = dict.fromkeys(["", *inlined, *identities])
+        self.states = [State.of(module, name) for name in names]
         _rewrite(graph, matches)
         code = graph.python_code("self")
         self._source, self._globals = code.src, code.globals
@@ -61,7 +82,7 @@ class Program:
 
     def read(self, module: Any) -> list[Unit] | None:
         """The units' tensors and settings, if everything is as it was when the graph was made."""
-        if _has_any_global_hook() or not all(i.is_as_it_was(module) for i in self.inlined):
+        if _has_any_global_hook() or not all(s.is_that_of(module) for s in self.states):
             return None
         units = []
         for layers in self.units:

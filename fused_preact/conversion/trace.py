@@ -2,10 +2,12 @@
 
 import inspect
 import operator
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,14 +24,19 @@ def trace(
 
     Its nodes call layers and the modules in `opaque`; other modules are part of the graph.
     Arguments with a default have it. Raises Untraceable where forward does more than hand tensors
-    from layer to layer: looks at their values, writes attributes, or switches gradients on or off.
+    from layer to layer: looks at their values, draws random numbers by itself, writes attributes,
+    or switches gradients on or off.
     """
     if "forward" in module.__dict__:
         raise Untraceable("it was given another forward")
     with _as_it_was(module, training):
         try:
+            drawn = _generators()
             tracer = _Tracer(opaque)
-            return tracer.trace(module), tracer.inlined
+            graph = tracer.trace(module)
+            if _generators() != drawn:
+                raise Untraceable("it draws random numbers by itself")
+            return graph, tracer.inlined
         except Untraceable:
             raise
         except Exception as error:
@@ -67,6 +74,12 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_arg(self, a: Any) -> Any:
+        known = (*self.root.parameters(), *self.root.buffers())
+        if isinstance(a, torch.Tensor) and not any(a is tensor for tensor in known):
+            raise Untraceable("it makes a tensor of its own")
+        return super().create_arg(a)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
             raise Untraceable("it switches gradients or autocast on or off")
@@ -91,6 +104,14 @@ for _name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor"
 def _modes() -> tuple[bool, ...]:
     autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
     return torch.is_grad_enabled(), *autocast
+
+
+def _generators() -> list[Any]:
+    """The states of all from which random numbers are drawn."""
+    _, numbers, position, *_ = np.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = [state.tolist() for state in (torch.get_rng_state(), *devices)]
+    return [random.getstate(), list(numbers), position, *states]
 
 
 @contextmanager
