@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_preact
+from fused_preact.conversion.concatenation import concatenate
 from fused_preact.conversion.converted import Converted
 
 # --- networks of others --------------------------------------------------------------------------
@@ -192,6 +193,74 @@ def test_half_is_saved_for_the_backward_pass():
         layer([torch.randn(2, 32, 8, 8, requires_grad=True)]).sum()
     weights = {parameter.data_ptr() for parameter in layer.parameters()}
     assert sum(saved[at] for at in saved.keys() - weights) == 32 + 32
+
+
+# --- lists that grow -----------------------------------------------------------------------------
+
+
+def parts(concatenated):
+    """Into how many its gradient is split."""
+    return len(concatenated.grad_fn.next_functions)
+
+
+def three():
+    return [torch.randn(2, c, 3, 3, requires_grad=True) * 1 for c in (3, 4, 5)]
+
+
+def test_what_was_concatenated_before_is_taken():
+    tensors = three()
+    before = concatenate(tensors[:2], 1)
+    result = concatenate(tensors, 1)
+    assert parts(before) == parts(result) == 2 and torch.equal(result, torch.cat(tensors, 1))
+    grads = torch.autograd.grad(result.square().sum(), tensors)
+    assert all(torch.equal(grad, 2 * tensor) for grad, tensor in zip(grads, tensors, strict=True))
+
+
+def writes_to_a_part(tensors, before):
+    with torch.no_grad():
+        tensors[1].add_(1)
+
+
+def writes_to_the_result(tensors, before):
+    with torch.no_grad():
+        before.add_(1)
+
+
+def takes_another_part(tensors, before):
+    tensors[0], tensors[1] = tensors[0] * 1, tensors[1] * 1
+
+
+@pytest.mark.parametrize("change", [writes_to_a_part, writes_to_the_result, takes_another_part])
+def test_what_has_changed_is_concatenated_anew(change):
+    tensors = three()
+    before = concatenate(tensors[:2], 1)
+    change(tensors, before)
+    result = concatenate(tensors, 1)
+    assert parts(result) == 3 and torch.equal(result, torch.cat(tensors, 1))
+
+
+def test_what_was_concatenated_without_gradients_is_concatenated_anew():
+    tensors = three()
+    with torch.no_grad():
+        before = concatenate(tensors[:2], 1)
+    assert parts(concatenate(tensors, 1)) == 3 and not before.requires_grad
+    del before
+    assert parts(concatenate(tensors, 1)) == 3
+
+
+def test_dense_layers_take_the_concatenation_before(monkeypatch):
+    """Channels of what the layers of a block of four concatenate, and of what it returns."""
+    network = torchvision.models.DenseNet(4, (4,), num_init_features=8, num_classes=3)
+    fused_preact.convert(network)
+    cat, found = torch.cat, []
+
+    def spy(tensors, dim):
+        found.append([tensor.shape[1] for tensor in tensors])
+        return cat(tensors, dim)
+
+    monkeypatch.setattr(torch, "cat", spy)
+    network(torch.randn(2, 3, 32, 32))
+    assert found == [[8], [8, 4], [12, 4], [16, 4], [8, 4, 4, 4, 4]]
 
 
 # --- forwards that must not be changed -----------------------------------------------------------

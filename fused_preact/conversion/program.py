@@ -13,10 +13,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import blocks, functional
 from ..functional import Unit
+from .concatenation import concatenate
 from .layers import child
 from .match import Finder, Match
 
-_LISTS = (torch.cat, torch.concat, torch.stack)  # of what they take first
+_CONCATENATIONS = (torch.cat, torch.concat)
+_OF_LISTS = (*_CONCATENATIONS, torch.stack)  # functions whose first argument is one
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()  # attributes: `training`, and what nn.Module holds
@@ -152,8 +154,9 @@ def _remove_identities(graph: fx.Graph, module: nn.Module) -> list[str]:
 
 
 def _is_list(placeholder: fx.Node) -> bool:
-    """Whether it is handed to functions that take a list of Tensors."""
-    return any(user.target in _LISTS and user.args[0] is placeholder for user in placeholder.users)
+    """Whether it is handed to functions of lists of Tensors."""
+    users = placeholder.users
+    return any(user.target in _OF_LISTS and user.args[0] is placeholder for user in users)
 
 
 def _is_all(match: Match, graph: fx.Graph) -> bool:
@@ -163,7 +166,14 @@ def _is_all(match: Match, graph: fx.Graph) -> bool:
 
 
 def _rewrite(graph: fx.Graph, matches: Sequence[Match]) -> None:
-    """Units become calls of the functions above; their tensors are a new first argument."""
+    """Units become calls of the functions above; their tensors are a new first argument.
+
+    Where an argument is concatenated, it may be a list that grows from module to module.
+    """
+    for node in graph.nodes:
+        of_a_list = node.target in _CONCATENATIONS and isinstance(node.args[0], fx.Node)
+        if of_a_list and set(node.kwargs) <= {"dim"}:
+            node.target = concatenate
     with graph.inserting_before(next(iter(graph.nodes))):
         units = graph.placeholder("units")
     replaced: dict[fx.Node, fx.Node] = {}
@@ -181,5 +191,6 @@ def _rewrite(graph: fx.Graph, matches: Sequence[Match]) -> None:
                 call = graph.call_function(run_unit_and_add, (*args, residual))
         end.replace_all_uses_with(call)
         replaced[end] = call
-        for node in sorted(set(match.nodes), reverse=True):
-            graph.erase_node(node)
+        for node in reversed(graph.nodes):
+            if node in match.nodes:
+                graph.erase_node(node)
