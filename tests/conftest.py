@@ -31,18 +31,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # a run for the Triton kernels al
     BACKENDS = OPERATORS = ("triton",)
 
 
-# Of these folders' tests most need one of two large builds, which a process makes for itself.
-TOGETHER = {"cuda_build": "cuda", "cuda_emulator": "cuda", "triton_kernels": "triton"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """For `-n auto --dist loadgroup`: a process runs whole files, and all tests of one build."""
-    for item in items:
-        group = TOGETHER.get(item.path.parent.name, item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
