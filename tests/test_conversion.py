@@ -1,8 +1,10 @@
 """convert() on networks as others write them: the same results, by fewer kernels."""
 
 import copy
+import gc
 import pickle
 import random
+import weakref
 
 import pytest
 import timm
@@ -246,6 +248,18 @@ def test_what_was_concatenated_without_gradients_is_concatenated_anew():
     assert parts(concatenate(tensors, 1)) == 3 and not before.requires_grad
     del before
     assert parts(concatenate(tensors, 1)) == 3
+
+
+def test_parts_can_be_saved_and_are_not_kept():
+    tensors = [tensor.detach() for tensor in three()]
+    for count in (2, 3):
+        concatenate(tensors[:count], 1)
+    for tensor in tensors:
+        assert torch.equal(pickle.loads(pickle.dumps(tensor)), tensor)
+    alive = weakref.ref(tensors[2])
+    del tensor, tensors
+    gc.collect()
+    assert alive() is None
 
 
 def test_dense_layers_take_the_concatenation_before(monkeypatch):

@@ -5,12 +5,12 @@ layer before has concatenated: copied from there it is two long pieces of a pixe
 short ones, and in the backward pass its gradient is added as one tensor, not part by part.
 """
 
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .. import ops
 
@@ -18,12 +18,12 @@ from .. import ops
 class _Seen(NamedTuple):
     """A tensor as it was."""
 
-    tensor: weakref.ref[Tensor]
+    tensor: TensorWeakRef
     version: int
 
     @classmethod
     def now(cls, tensor: Tensor) -> "_Seen":
-        return cls(weakref.ref(tensor), tensor._version)
+        return cls(TensorWeakRef(tensor), tensor._version)
 
     def unchanged(self) -> Tensor | None:
         """It, if it still exists and nobody has written to it."""
@@ -37,6 +37,11 @@ class _Concatenated(NamedTuple):
     result: _Seen
 
 
+# By a list's first part, the last that began with it. Not an attribute of the part: whoever saves
+# that to a file would have to save this.
+_last: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def concatenate(tensors: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
     """torch.cat(tensors, dim); where all but the last were concatenated before, from that."""
     if not tensors or torch.compiler.is_compiling() or ops.is_transformed():
@@ -46,12 +51,12 @@ def concatenate(tensors: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Ten
     before = _concatenated_before(tensors[:-1], dim)
     result = torch.cat(tensors if before is None else (before, tensors[-1]), dim)
     seen = _Concatenated([*map(_Seen.now, tensors)], dim, _Seen.now(result))
-    tensors[0]._preact_concatenated = seen  # type: ignore[attr-defined]
+    _last[tensors[0]] = seen
     return result
 
 
 def _concatenated_before(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
-    seen = getattr(tensors[0], "_preact_concatenated", None) if tensors else None
+    seen = _last.get(tensors[0]) if tensors else None
     if seen is None or seen.dim != dim or len(seen.parts) != len(tensors):
         return None
     if any(part.unchanged() is not own for part, own in zip(seen.parts, tensors, strict=True)):
