@@ -19,8 +19,6 @@ from .match import Finder, Match
 
 _CONCATENATIONS = (torch.cat, torch.concat)
 _OF_LISTS = (*_CONCATENATIONS, torch.stack)  # functions whose first argument is one
-
-
 _OF_EVERY_MODULE = vars(nn.Module()).keys()  # attributes: `training`, and what nn.Module holds
 _PLAIN = (bool, int, float, str, tuple, type(None))
 

@@ -75,9 +75,10 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        known = (*self.root.parameters(), *self.root.buffers())
-        if isinstance(a, torch.Tensor) and not any(a is tensor for tensor in known):
-            raise Untraceable("it makes a tensor of its own")
+        if isinstance(a, torch.Tensor):
+            known = (*self.root.parameters(), *self.root.buffers())
+            if not any(a is tensor for tensor in known):
+                raise Untraceable("it makes a tensor of its own")
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
