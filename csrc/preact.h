@@ -65,7 +65,8 @@ struct bf16 {
 template <typename T>
 Tile<T> portable_tile();
 // C[m, n] (+)= A[k, m]^T B[k, n]
-Tile<float> transposed_tile();
+template <typename T>
+Tile<T> transposed_tile();
 
 // What the kernels need of the program that they run in.
 struct Runtime {
@@ -77,6 +78,8 @@ struct Runtime {
   Tile<bf16, float> pairs_tile;
   // Of a long product, where it is free: a multiple of this many runs faster. At least 2.
   int64_t pairs_depth;
+  // Whether kernels ask for memory while they multiply (cpu/ahead.h).
+  bool asks_ahead;
 };
 
 // The CPU kernels. A launcher of the same name with a CudaRuntime runs the CUDA kernels instead, on

@@ -2,20 +2,16 @@
 //
 // A product finds its operands in cache; the loops before and behind it wait for memory. So it is
 // computed some rows at a time, and before each time lines are asked for that will be wanted next.
+// With AVX-512 products are over before the lines are there: asking takes as long as it saves.
 #pragma once
-
-#include <limits>
 
 #include "common.h"
 
 namespace preact {
 
-constexpr int64_t kRowsAtOnce = 48;  // a multiple of the rows that tiles keep in registers
-
 class Ahead {
  public:
-  // rows: of a product at a time; per_line: multiplications in the time that a line takes to come.
-  Ahead(int64_t rows, int64_t per_line) : rows_(rows), per_line_(per_line) {}
+  explicit Ahead(bool asks) : most_(asks ? kMost : 0) {}
 
   // Forgets what has not been asked for.
   void clear() { next_ = count_ = 0; }
@@ -24,14 +20,14 @@ class Ahead {
   // is none where it is null.
   template <typename S>
   void want(const void* tensor, int64_t first, int64_t count) {
-    if (!tensor || count <= 0 || count_ == kMost) return;
+    if (!tensor || count <= 0 || count_ == most_) return;
     const char* const begin = static_cast<const char*>(tensor) + first * sizeof(S);
     wanted_[count_++] = {begin, begin + count * sizeof(S)};
   }
 
   // Asks for what comes in the time that so many multiplications take.
   void before(int64_t multiplications) {
-    for (int64_t lines = multiplications / per_line_; next_ < count_ && lines > 0; --lines) {
+    for (int64_t lines = multiplications / kPerLine; next_ < count_ && lines > 0; --lines) {
       Range& range = wanted_[next_];
       __builtin_prefetch(range.begin, 0, 2);  // to L2: L1 is the product's
       range.begin += kLineBytes;
@@ -44,7 +40,7 @@ class Ahead {
   void multiply(const Tile<O, A>& tile, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
                 int64_t ldc, bool accumulate, const O* a, const O* b, A* c) {
     while (m > 0) {
-      const int64_t rows = next_ < count_ ? std::min(m, rows_) : m;
+      const int64_t rows = next_ < count_ ? std::min(m, kRowsAtOnce) : m;
       before(rows * n * k);
       tile.multiply(rows, n, k, lda, ldb, ldc, accumulate, a, b, c);
       m -= rows;
@@ -58,20 +54,12 @@ class Ahead {
     const char *begin, *end;
   };
   static constexpr int kMost = 4;
+  static constexpr int64_t kRowsAtOnce = 48;  // a multiple of the rows that tiles keep in registers
+  static constexpr int64_t kPerLine = 256;    // multiplications in the time that a line takes
 
-  const int64_t rows_, per_line_;
+  const int most_;
   Range wanted_[kMost];
   int next_ = 0, count_ = 0;
 };
-
-// The Ahead of a thread's products with operands of type O. Pairs are multiplied twice as fast, by
-// AMX eight times; but that is set up anew for each height of a product, so there they stay whole.
-template <typename O>
-Ahead make_ahead(const Runtime& runtime) {
-  constexpr int64_t kPerLine = 256;
-  if (!kPairs<O>) return {kRowsAtOnce, kPerLine};
-  if (runtime.pairs_depth <= 2) return {kRowsAtOnce, 2 * kPerLine};
-  return {std::numeric_limits<int64_t>::max(), 8 * kPerLine};
-}
 
 }  // namespace preact

@@ -136,7 +136,7 @@ struct Parts {
 };
 
 constexpr int64_t kMostParts = 128;
-constexpr int64_t kCacheBytes = 256 * 1024;  // what a kernel keeps of one operand in L2
+constexpr int64_t kCacheBytes = 128 * 1024;  // what a kernel keeps of one operand in L2
 constexpr int64_t kLineBytes = 64;           // of a cache
 
 // Rounded down and up, also below zero; b is positive.

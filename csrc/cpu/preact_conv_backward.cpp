@@ -23,7 +23,7 @@ void run(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
   const Bands& bands = dweight.bands;
   const int64_t size = dinput.source_size(), together = dweight.together(size);
   parallel_for(runtime, bands.parts.parts, [&](int64_t part) {
-    Ahead ahead = make_ahead<O>(runtime);
+    Ahead ahead(runtime.asks_ahead);
     O* const loaded = buffer<O>(Buffer::kGrad, together * size);
     const O* dy[Gradient::kMostTogether];
     typename Gradient::Operands operands;

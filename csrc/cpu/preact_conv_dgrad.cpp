@@ -14,7 +14,7 @@ void run(const Runtime& runtime, PreactConvDgrad op) {
   InputGradient<S, O> dinput(runtime, op);
   const Parts& parts = dinput.bands.parts;
   parallel_for(runtime, parts.parts, [&](int64_t part) {
-    Ahead ahead = make_ahead<O>(runtime);
+    Ahead ahead(runtime.asks_ahead);
     const int64_t size = dinput.source_size(), together = dinput.together();
     O* const loaded = buffer<O>(Buffer::kGrad, together * size);
     std::vector<const O*> dy(together);

@@ -134,7 +134,7 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
     O* const h = buffer<O>(Buffer::kSource, together * window_values);
     A* const out = buffer<A>(Buffer::kTile, together * tile_rows * pitch * k);
     std::vector<const O*> sources(together);
-    Ahead ahead = make_ahead<O>(runtime);
+    Ahead ahead(runtime.asks_ahead);
     const auto image_at = [&](int64_t band) {
       return static_cast<const S*>(op.input) +
              bands.image(band) * shape.input.height * shape.input.width * c;

@@ -16,7 +16,7 @@ void run(const Runtime& runtime, PreactConvWgrad op) {
   const int64_t size = dweight.grad_size(), together = dweight.together(size);
   parallel_for(runtime, bands.parts.parts * dweight.pieces, [&](int64_t index) {
     const int64_t part = index / dweight.pieces, piece = index % dweight.pieces;
-    Ahead ahead = make_ahead<O>(runtime);
+    Ahead ahead(runtime.asks_ahead);
     O* const loaded = buffer<O>(Buffer::kGrad, together * size);
     typename Gradient::Operands operands;
     const int64_t end = bands.parts.end(part);

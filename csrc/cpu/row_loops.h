@@ -6,9 +6,9 @@
 
 namespace preact {
 
-constexpr int64_t kMostColumns = 64;  // of a block
-constexpr int64_t kRoundedRows = 32;  // at a time, so that they stay in the innermost cache
-constexpr int64_t kRowsAhead = 16;    // that are on their way while a row is worked on
+constexpr int64_t kMostColumns = 64;   // of a block
+constexpr int64_t kRoundedRows = 32;   // at a time, so that they stay in the innermost cache
+constexpr int64_t kBytesAhead = 4096;  // that are on their way while a row is worked on
 
 // Calls f(at, first, rows, columns, pitch) for blocks of channels: at is where a block starts in
 // [rows, channels], first its first channel, pitch is channels.
@@ -59,12 +59,14 @@ PREACT_INLINE void rounded(int64_t rows, int64_t columns, int64_t pitch, bf16* o
   }
 }
 
-// Prefetches the row kRowsAhead after `row`, to be read or written. Processors do so themselves for
-// one long loop; these are short, begin anew with every tile, and write at several places.
+// Prefetches the row that comes kBytesAhead of such rows after `row`, to be read or written.
+// Processors do so themselves for one long loop; these are short, begin anew with every tile, and
+// write at several places.
 template <typename T>
 PREACT_INLINE void prefetch_row(const T* row, int64_t columns, int64_t pitch) {
-  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
-  for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + kRowsAhead * pitch + c);
+  constexpr int64_t kSize = sizeof(T), kLine = kLineBytes / kSize;
+  const T* const later = row + kBytesAhead / (columns * kSize) * pitch;
+  for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(later + c);
 }
 
 #define PREACT_RESULTS(A) \

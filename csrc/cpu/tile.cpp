@@ -4,9 +4,10 @@
 namespace preact {
 namespace {
 
-// kVectors of kDepth rows of B share the first cache with what they are multiplied with.
+// kVectors of kDepth rows of B share the first cache with what they are multiplied with; a single
+// vector needs so many rows of C as sums that none waits for the one before it.
 namespace any {
-constexpr int64_t kVectorBytes = 16, kDepth = 128;
+constexpr int64_t kVectorBytes = 16, kDepth = 128, kNarrowRows = 6;
 constexpr int kVectors = 2;
 #define PREACT_TARGET
 #include "tile_loops.h"
@@ -15,7 +16,7 @@ constexpr int kVectors = 2;
 
 #ifdef PREACT_VERSIONS
 namespace v3 {
-constexpr int64_t kVectorBytes = 32, kDepth = 256;
+constexpr int64_t kVectorBytes = 32, kDepth = 256, kNarrowRows = 6;
 constexpr int kVectors = 2;
 #define PREACT_TARGET __attribute__((target("arch=x86-64-v3")))
 #include "tile_loops.h"
@@ -23,7 +24,7 @@ constexpr int kVectors = 2;
 }  // namespace v3
 
 namespace v4 {
-constexpr int64_t kVectorBytes = 64, kDepth = 128;
+constexpr int64_t kVectorBytes = 64, kDepth = 128, kNarrowRows = 16;
 constexpr int kVectors = 4;
 #define PREACT_TARGET __attribute__((target("arch=x86-64-v4")))
 #include "tile_loops.h"
@@ -49,6 +50,11 @@ Tile<T> portable_tile() {
 template Tile<float> portable_tile();
 template Tile<double> portable_tile();
 
-Tile<float> transposed_tile() { PREACT_BEST_TILE(kTransposedTile<float>) }
+template <typename T>
+Tile<T> transposed_tile() {
+  PREACT_BEST_TILE(kTransposedTile<T>)
+}
+template Tile<float> transposed_tile();
+template Tile<double> transposed_tile();
 
 }  // namespace preact

@@ -1,13 +1,14 @@
 // The loops of the portable matrix tile. Whoever includes them, once for each instruction set, does
-// so in a namespace with kVectorBytes, kVectors and kDepth, and with the attribute of its functions
-// as PREACT_TARGET: a compiler divides vectors up for the processor before it makes a function's
-// clones, and so would for the least of them.
+// so in a namespace with kVectorBytes, kVectors, kDepth and kNarrowRows, and with the attribute of
+// its functions as PREACT_TARGET: a compiler divides vectors up for the processor before it makes a
+// function's clones, and so would for the least of them.
 //
-// A block of up to kRows rows by kN vectors of C stays in registers while k runs, over rows of B
-// that lie one after the other. Sums over k are taken kDepth at a time, which keeps their rounding
-// errors small.
+// A block of up to kRows<kN> rows by kN vectors of C stays in registers while k runs, over rows of
+// B that lie one after the other. Sums over k are taken kDepth at a time, which keeps their
+// rounding errors small.
 
-constexpr int64_t kRows = 6;
+template <int kN>
+constexpr int64_t kRows = kN == 1 ? kNarrowRows : 6;
 
 template <typename T>
 struct VectorOf;
@@ -46,12 +47,12 @@ PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t ldc, bool accumulate, 
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v)
       row[v] = *reinterpret_cast<const Vector*>(b + (j * kN + v) * kLanes<T>);
-#pragma GCC unroll 6
+#pragma GCC unroll 16
     for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < kN; ++v) sum[i][v] += *a.at(i, j) * row[v];
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 16
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) {
@@ -61,7 +62,7 @@ PREACT_TARGET PREACT_INLINE void block(int64_t k, int64_t ldc, bool accumulate, 
 }
 
 // block<rows, kN>
-template <int kN, int kM = kRows, typename A, typename T>
+template <int kN, int kM = kRows<kN>, typename A, typename T>
 PREACT_TARGET PREACT_INLINE void block_of(int64_t rows, int64_t k, int64_t ldc, bool accumulate,
                                           A a, const T* b, T* c) {
   if (rows == kM) return block<kM, kN>(k, ldc, accumulate, a, b, c);
@@ -79,7 +80,7 @@ PREACT_TARGET void columns(int64_t m, int64_t k, int64_t ldb, int64_t ldc, bool 
       std::memcpy(together + j * kWidth, b + j * ldb, kWidth * sizeof(T));
     b = together;
   }
-  const int64_t blocks = ceil_div(m, kRows), fewest = m / blocks, longer = m % blocks;
+  const int64_t blocks = ceil_div(m, kRows<kN>), fewest = m / blocks, longer = m % blocks;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t rows = fewest + (i < longer);
     block_of<kN>(rows, k, ldc, accumulate, a, b, c);
@@ -92,10 +93,10 @@ PREACT_TARGET void columns(int64_t m, int64_t k, int64_t ldb, int64_t ldc, bool 
 template <typename A, typename T>
 PREACT_TARGET void edge(int64_t m, int64_t n, int64_t k, int64_t ldb, int64_t ldc, bool accumulate,
                         A a, const T* b, T* c) {
-  alignas(64) T together[kDepth * kLanes<T>] = {}, sum[kRows * kLanes<T>];
+  alignas(64) T together[kDepth * kLanes<T>] = {}, sum[kRows<1> * kLanes<T>];
   for (int64_t j = 0; j < k; ++j) std::copy_n(b + j * ldb, n, together + j * kLanes<T>);
-  for (int64_t row = 0; row < m; row += kRows) {
-    const int64_t rows = std::min(kRows, m - row);
+  for (int64_t row = 0; row < m; row += kRows<1>) {
+    const int64_t rows = std::min(kRows<1>, m - row);
     block_of<1>(rows, k, kLanes<T>, false, a.from(row, 0), together, sum);
     for (int64_t i = 0; i < rows; ++i) {
       T* const out = c + (row + i) * ldc;

@@ -3,7 +3,8 @@
 //
 // Each part of the work sums its own dW over its bands; the parts are added in order. For each tap,
 // dW is a matrix product over pixels: h transposed, shifted by the tap, times dy. dy is laid out as
-// wide as h's window, zero at its right, so that all rows of a band are one product.
+// wide as h's window, zero at its right, so that all rows of a band are one product. The tile for
+// pairs wants its left operand transposed in memory; ours reads it as it lies.
 #pragma once
 
 #include "conv.h"
@@ -15,7 +16,7 @@ class WeightGradient {
   using A = Accumulator<S>;
   static constexpr int64_t kSumChunk = 256, kFilters = 16;
   static constexpr int64_t kProductRows = 128, kProductColumns = 256;  // of one matrix product
-  static constexpr int64_t kGroupBytes = 512 * 1024;
+  static constexpr int64_t kGroupBytes = 256 * 1024;
   const PreactConvWgrad& op_;
   const Window window_;
 
@@ -23,7 +24,7 @@ class WeightGradient {
   static constexpr int64_t kMostTogether = 16, pieces = 1;
   // Of a group of bands.
   struct Operands {
-    const O* right[kMostTogether];
+    const O *left[kMostTogether], *right[kMostTogether];
   };
   const Bands bands;
 
@@ -35,7 +36,7 @@ class WeightGradient {
         step_depth_(!kPairs<O> ? 1
                     : joined_  ? runtime.pairs_depth
                                : 2),
-        tile_(tile_of(runtime, O{})),
+        tile_(tile_for(runtime, O{})),
         partial_(buffer<A>(Buffer::kPartial, bands.parts.parts * size_)) {}
 
   // Values of dy of a band.
@@ -66,25 +67,27 @@ class WeightGradient {
   // stay for multiply().
   void load(int64_t i, int64_t together, int64_t band, const O* dy, Operands& operands) const {
     const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
-    O* const right = buffer<O>(Buffer::kRight, together * right_size_) + i * right_size_;
-    O* const h = transposes_h_ || kPairs<O>
-                     ? buffer<O>(Buffer::kSource, most_window_ * window_.width * c_)
-                     : right;
+    const int64_t window = most_window_ * window_.width * c_;
+    O* const h = kPairs<O> ? buffer<O>(Buffer::kSource, window)
+                           : buffer<O>(Buffer::kSource, together * window) + i * window;
     window_.fill(op_.shape, image_at(band), first, rows, static_cast<const A*>(op_.affine),
                  op_.activation, h);
-    O* const left = buffer<O>(Buffer::kTransposed, together * left_size_) + i * left_size_;
-    if (transposes_h_)
-      transpose_planes(h, window_.rows(op_.shape, rows), left);
-    else
-      transpose_planes(dy, rows, left);
-    const O* const as_it_lies = transposes_h_ ? dy : h;
+    const O *const left = h_is_left_ ? h : dy, *const right = h_is_left_ ? dy : h;
+    operands.left[i] = left;
+    operands.right[i] = right;
+    O* const laid_out = kPairs<O> || in_blocks_
+                            ? buffer<O>(Buffer::kRight, together * right_size_) + i * right_size_
+                            : nullptr;
     if constexpr (kPairs<O>) {
+      O* const planes = buffer<O>(Buffer::kTransposed, together * left_size_) + i * left_size_;
+      transpose_planes(left, h_is_left_ ? window_.rows(op_.shape, rows) : rows, planes);
+      operands.left[i] = planes;
       const int64_t even = pixels(rows) + pixels(rows) % 2, end = depth(pixels(rows));
-      pair_rows(as_it_lies, pixels(rows), product_columns_, right);
-      std::fill_n(right + even * product_columns_, (end - even) * product_columns_, O{});
-      operands.right[i] = right;
-    } else {
-      operands.right[i] = in_blocks_ ? to_blocks(as_it_lies, pixels(rows), right) : as_it_lies;
+      pair_rows(right, pixels(rows), product_columns_, laid_out);
+      std::fill_n(laid_out + even * product_columns_, (end - even) * product_columns_, O{});
+      operands.right[i] = laid_out;
+    } else if (in_blocks_) {
+      operands.right[i] = to_blocks(right, pixels(rows), laid_out);
     }
   }
 
@@ -98,10 +101,8 @@ class WeightGradient {
 
   // Adds to a part's dW `count` bands from `first` on, of `together`, the operands that load()
   // made.
-  void multiply(int64_t part, int64_t /*piece*/, int64_t first, int64_t count, int64_t together,
+  void multiply(int64_t part, int64_t /*piece*/, int64_t first, int64_t count, int64_t /*together*/,
                 const Operands& operands, Ahead& ahead) const {
-    const O* const left = buffer<O>(Buffer::kTransposed, together * left_size_);
-    const int64_t s = op_.shape.kernel_width;
     A* const dweight = partial_ + part * size_;
     const bool begins = first == bands.parts.begin(part);
     for (int64_t tap = 0; tap < taps_; ++tap)
@@ -114,17 +115,16 @@ class WeightGradient {
           const int64_t ldb = in_blocks_ ? n : product_columns_;
           for (int64_t i = 0; i < count; ++i) {
             const int64_t rows = bands.end_row(first + i) - bands.first_row(first + i);
-            const int64_t calls = joined_ ? 1 : rows;
-            const O* const a = left + i * left_size_ + tap % s % step_ * plane_size_ + row * ld_ +
-                               tap / s * plane_width_ + tap % s / step_;
+            const int64_t calls = joined_ ? 1 : rows, k = depth(pixels(joined_ ? rows : 1));
+            const O* const a = operands.left[i] + left_offset(tap, row);
             const int64_t to_column = in_blocks_ ? pixels(rows) : kPairs<O> ? 2 : 1;
             const O* const b = operands.right[i] + column * to_column;
-            for (int64_t call = 0; call < calls; ++call)
-              ahead.multiply<O, A>(tile_, m, n, depth(pixels(joined_ ? rows : 1)), ld_, ldb,
-                                   product_columns_,
-                                   kAddsToZeros<O> || !begins || i > 0 || call > 0,
-                                   a + call * window_.step_height * plane_width_,
-                                   b + call * pitch_ * ldb, out + column);
+            for (int64_t call = 0; call < calls; ++call) {
+              ahead.before(m * n * k);
+              tile_.multiply(m, n, k, ld_, ldb, product_columns_,
+                             kAddsToZeros<O> || !begins || i > 0 || call > 0, a + call * left_row_,
+                             b + call * pitch_ * ldb, out + column);
+            }
           }
         }
       }
@@ -134,7 +134,7 @@ class WeightGradient {
   // first of them.
   void finish(const Runtime& runtime) const {
     A* const dweight = static_cast<A*>(op_.dweight);
-    A* const sum = transposes_h_ ? partial_ : dweight;
+    A* const sum = h_is_left_ ? partial_ : dweight;
     const Parts chunks(ceil_div(size_, kSumChunk), kMostParts);
     parallel_for(runtime, chunks.parts, [&](int64_t chunk) {
       const int64_t begin = chunks.begin(chunk) * kSumChunk;
@@ -143,7 +143,7 @@ class WeightGradient {
       for (int64_t j = 1; j < bands.parts.parts; ++j)
         sum_rows(partial_ + j * size_ + begin, 1, end - begin, sum + begin);
     });
-    if (!transposes_h_) return;
+    if (!h_is_left_) return;
     const int64_t row = size_ / k_;  // of dW
     parallel_for(runtime, ceil_div(k_, kFilters), [&](int64_t block) {
       const int64_t first = block * kFilters;
@@ -157,28 +157,50 @@ class WeightGradient {
   const int64_t q_ = op_.shape.output.width;
   const int64_t taps_ = op_.shape.kernel_height * op_.shape.kernel_width;
   const int64_t size_ = taps_ * k_ * c_;  // of dW
-  // The left operand is transposed: h; or of a 1x1 convolution dy, which leaves dW as it should
-  // lie, unless that is the wider one and pixels are many.
-  const bool transposes_h_ = taps_ > 1 || (c_ < k_ && op_.shape.output.pixels() > 4 * c_);
-  const int64_t product_rows_ = transposes_h_ ? c_ : k_, product_columns_ = transposes_h_ ? k_ : c_;
-  // Columns of the window a stride apart lie in a plane of their own.
+  // The left operand is h; or of a 1x1 convolution dy, which leaves dW as it should lie, unless
+  // that is the wider one and pixels are many.
+  const bool h_is_left_ = taps_ > 1 || (c_ < k_ && op_.shape.output.pixels() > 4 * c_);
+  const int64_t product_rows_ = h_is_left_ ? c_ : k_, product_columns_ = h_is_left_ ? k_ : c_;
+  // Of a transposed window, columns a stride apart lie in a plane of their own.
   const int64_t step_ = window_.step_width, plane_width_ = ceil_div(window_.width, step_);
-  const bool joined_ = window_.step_height == 1;             // all rows of a band in one product
+  // All rows of a band are one product: of a left operand as it lies, where its rows join.
+  const bool joined_ = window_.step_height == 1 && (kPairs<O> || step_ == 1);
   const int64_t pitch_ = grad_pitch<O>(op_.shape, window_);  // of dy's rows
   const int64_t most_window_ = window_.rows(op_.shape, bands.rows_per_band);
   const int64_t step_depth_;  // what the depth of a product is a multiple of, by zeros at its end
   // A row of a plane ends with as many as there can be (of a multiple of 32, AMX's): a constant is
   // much faster to write. An odd number of cache lines sets rows apart in the cache.
-  static constexpr int64_t kMostZeros = kPairs<O> ? 31 : 0;
+  static constexpr int64_t kMostZeros = 31;
   static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(O));
-  const int64_t ld_ = (ceil_div(most_window_ * plane_width_ + kMostZeros, kLine) | 1) * kLine;
-  const int64_t plane_size_ = product_rows_ * ld_, left_size_ = step_ * plane_size_;
+  const int64_t plane_pitch_ =
+      (ceil_div(most_window_ * plane_width_ + kMostZeros, kLine) | 1) * kLine;
+  const int64_t plane_size_ = product_rows_ * plane_pitch_, left_size_ = step_ * plane_size_;
+  // Of the left operand as the tile reads it: of its rows, and from one row of dy to the next.
+  const int64_t ld_ = kPairs<O> ? plane_pitch_ : step_ * product_rows_;
+  const int64_t left_row_ =
+      window_.step_height * (kPairs<O> ? plane_width_ : window_.width * product_rows_);
   const int64_t right_size_ = depth(bands.rows_per_band * pitch_) * product_columns_;
   const Tile<O, A> tile_;
   // The right operand is laid out for the tile, which would do so for every tap.
   const bool in_blocks_ = tile_.copies && taps_ > 1 && product_columns_ > tile_.columns;
   const int64_t block_columns_ = in_blocks_ ? tile_.columns : kProductColumns;
   A* const partial_;  // [parts][R, S, product_rows, product_columns]
+
+  static Tile<O, A> tile_for(const Runtime& runtime, O) {
+    if constexpr (kPairs<O>)
+      return runtime.pairs_tile;
+    else
+      return transposed_tile<O>();
+  }
+
+  // Where in the left operand the product of a tap begins, of its rows from `row` on.
+  int64_t left_offset(int64_t tap, int64_t row) const {
+    const int64_t s = op_.shape.kernel_width, down = tap / s, across = tap % s;
+    if constexpr (kPairs<O>)
+      return across % step_ * plane_size_ + row * ld_ + down * plane_width_ + across / step_;
+    else
+      return (down * window_.width + across) * product_rows_ + row;
+  }
 
   const S* image_at(int64_t band) const {
     const ImageShape& input = op_.shape.input;
@@ -209,17 +231,17 @@ class WeightGradient {
     for (int64_t i = 0; i < step_; ++i, out += plane_size_) {
       const int64_t columns = ceil_div(window_.width - i, step_);
       if (step_ == 1) {
-        transpose(in, rows * plane_width_, n, n, ld_, out);
+        transpose(in, rows * plane_width_, n, n, plane_pitch_, out);
       } else {
         for (int64_t row = 0; row < rows; ++row) {
           O* const to = out + row * plane_width_;
-          transpose(in + (row * window_.width + i) * n, columns, n, step_ * n, ld_, to);
+          transpose(in + (row * window_.width + i) * n, columns, n, step_ * n, plane_pitch_, to);
           if (columns < plane_width_)
-            for (int64_t j = 0; j < n; ++j) to[j * ld_ + columns] = O{};
+            for (int64_t j = 0; j < n; ++j) to[j * plane_pitch_ + columns] = O{};
         }
       }
       for (int64_t j = 0; j < n; ++j)
-        std::fill_n(out + j * ld_ + rows * plane_width_, kMostZeros, O{});
+        std::fill_n(out + j * plane_pitch_ + rows * plane_width_, kMostZeros, O{});
     }
   }
 };

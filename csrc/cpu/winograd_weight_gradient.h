@@ -125,7 +125,7 @@ class WinogradWeightGradient {
   const int64_t tiles_ = (window_.width - 2) / 2;  // of a line
   // Lines that are multiplied at once: a product is added to the sums of all pairs of channels.
   const int64_t at_once_ = ceil_div(2 * tiles_at_once(c_, k_), tiles_);
-  const Tile<float> tile_ = transposed_tile();
+  const Tile<float> tile_ = transposed_tile<float>();
   const int64_t columns_ = tile_.columns;  // of a block of channels of h
   const int64_t source_plane_ = plane_of(round_up(c_, columns_) * at_once_ * tiles_);
   const int64_t grad_plane_ = plane_of(k_ * at_once_ * tiles_);

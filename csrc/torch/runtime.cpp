@@ -72,11 +72,18 @@ struct alignas(64) Range {
   int64_t end;
 };
 
-// Than brgemm: where it is compiled for AVX2, and the processor has no more. With AVX-512 its loops
-// are not measured yet.
+bool has_avx512() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("x86-64-v4");
+#else
+  return false;
+#endif
+}
+
+// Than brgemm: where it is compiled for the processor. On Intel's with AVX-512 it is not measured.
 bool portable_is_faster() {
 #ifdef PREACT_VERSIONS
-  return __builtin_cpu_supports("x86-64-v3") && !__builtin_cpu_supports("x86-64-v4");
+  return __builtin_cpu_supports("x86-64-v3") && !(has_avx512() && __builtin_cpu_is("intel"));
 #else
   return false;
 #endif
@@ -146,7 +153,7 @@ Runtime torch_runtime() {
   const bool brgemm = name ? name == kBrgemm : !portable_is_faster();
   const bool pairs = name != kPortable && multiplies_bfloat16();
   return {torch_parallel_for, brgemm && brgemm_runs() ? kBrgemmTile : portable_tile<float>(),
-          pairs ? kBrgemmPairsTile : Tile<bf16, float>{}, pairs_depth()};
+          pairs ? kBrgemmPairsTile : Tile<bf16, float>{}, pairs_depth(), !has_avx512()};
 }
 
 }  // namespace preact

@@ -14,17 +14,17 @@ namespace {
 
 #define PREACT_TARGET
 namespace bytes16 {
-constexpr int64_t kVectorBytes = 16, kDepth = 128;
+constexpr int64_t kVectorBytes = 16, kDepth = 128, kNarrowRows = 6;
 constexpr int kVectors = 2;
 #include "cpu/tile_loops.h"
 }  // namespace bytes16
 namespace bytes32 {
-constexpr int64_t kVectorBytes = 32, kDepth = 256;
+constexpr int64_t kVectorBytes = 32, kDepth = 256, kNarrowRows = 6;
 constexpr int kVectors = 2;
 #include "cpu/tile_loops.h"
 }  // namespace bytes32
 namespace bytes64 {
-constexpr int64_t kVectorBytes = 64, kDepth = 128;
+constexpr int64_t kVectorBytes = 64, kDepth = 128, kNarrowRows = 16;
 constexpr int kVectors = 4;
 #include "cpu/tile_loops.h"
 }  // namespace bytes64
@@ -82,11 +82,12 @@ int main() {
                     wrong_products("transposed, 16 bytes", bytes16::kTransposedTile<float>, true) +
                     wrong_products("transposed, 32 bytes", bytes32::kTransposedTile<float>, true) +
                     wrong_products("transposed, 64 bytes", bytes64::kTransposedTile<float>, true) +
-                    wrong_products("transposed, this processor", transposed_tile(), true) +
+                    wrong_products("transposed, this processor", transposed_tile<float>(), true) +
                     wrong_products("double, 16 bytes", bytes16::kTile<double>) +
                     wrong_products("double, 32 bytes", bytes32::kTile<double>) +
                     wrong_products("double, 64 bytes", bytes64::kTile<double>) +
-                    wrong_products("double, this processor", portable_tile<double>());
+                    wrong_products("double, this processor", portable_tile<double>()) +
+                    wrong_products("transposed, double", transposed_tile<double>(), true);
   std::printf(wrong ? "%d products are wrong\n" : "all products are right\n", wrong);
   return wrong != 0;
 }
