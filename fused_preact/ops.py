@@ -53,13 +53,13 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-# From where on PyTorch's convolution between pointwise kernels is faster. CPU, with oneDNN's matrix
-# tile: values of a weight, measured at batch 16 on AVX-512 when all 3x3 were computed directly; one
-# of 128 channels (2^17) was as fast fused and one of 256 (2^19) was not. With our own tile none is
-# slower fused, up to a 3x3 of 640 channels on AVX2. CUDA: those times the pixels of the units'
-# input; measured on an H200, where ResNet-164 (at most 2^30.2 at batch 128) is faster fused and
-# PreActResNet-18 (2^32.2) is not.
-_COMPOSED_FROM = {"brgemm": 2**19, "cuda": 2**31}
+# From where on PyTorch's convolution between pointwise kernels is faster. CPU: values of a weight,
+# measured at batch 16 on AVX-512; in bfloat16 a 3x3 of 128 channels (2^17) was as fast fused and
+# one of 256 (2^19) was not; in float32 none is slower fused, up to 640 channels, with either
+# matrix tile. CUDA: those times the pixels of the units' input; measured on an H200, where
+# ResNet-164 (at most 2^30.2 at batch 128) is faster fused and PreActResNet-18 (2^32.2) is not.
+_COMPOSED_FROM = {torch.bfloat16: 2**19}
+_COMPOSED_FROM_CUDA = 2**31
 # One pixel's window has to fit into the least shared memory of a GPU that the kernels run on.
 _MOST_CUDA_TAPS = 49
 _ENVIRONMENT = "FUSED_PREACT_BACKEND"
@@ -147,11 +147,11 @@ def units_of(operators: Any) -> Any:
 def _much_work(input: Tensor) -> tuple[int, float]:
     """What a weight's value counts, and from what sum on PyTorch's convolution is faster."""
     if input.is_cuda:
-        return input.shape[0] * input.shape[2] * input.shape[3], _COMPOSED_FROM["cuda"]
+        return input.shape[0] * input.shape[2] * input.shape[3], _COMPOSED_FROM_CUDA
     # PyTorch takes several times as long where the processor has no instruction for it.
     if input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
         return 1, math.inf
-    return 1, _COMPOSED_FROM.get(_cpu_tile(), math.inf)
+    return 1, _COMPOSED_FROM.get(input.dtype, math.inf)
 
 
 def _taps(conv: Any) -> int:
@@ -260,12 +260,6 @@ def _interpreted() -> bool:
 @functools.cache
 def _multiplies_bfloat16() -> bool:
     return _C.multiplies_bfloat16()
-
-
-@_constant
-@functools.cache
-def _cpu_tile() -> str:
-    return _C.tile_providers()[0]
 
 
 @_constant
