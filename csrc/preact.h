@@ -64,6 +64,8 @@ struct bf16 {
 // Our own, of float or double.
 template <typename T>
 Tile<T> portable_tile();
+// A Runtime's pairs_tile of our own; its lda is even.
+Tile<bf16, float> portable_pairs_tile();
 // C[m, n] (+)= A[k, m]^T B[k, n]
 template <typename T>
 Tile<T> transposed_tile();

@@ -65,8 +65,9 @@ struct Pair {
 void transpose(const Pair* in, int64_t rows, int64_t columns, int64_t ld_in, int64_t ld_out,
                Pair* out);
 
-// out[r / 2, c, r % 2] = in[r, c]; an odd number of rows is followed by one of zeros.
-void pair_rows(const bf16* in, int64_t rows, int64_t columns, bf16* out);
+// out[r / 2, c, r % 2] = in[r, c], rows of in `pitch` apart; an odd number of rows is followed by
+// one of zeros.
+void pair_rows(const bf16* in, int64_t rows, int64_t columns, int64_t pitch, bf16* out);
 
 // [4, C] = mean, a = scale, b = -scale * rstd * S2 / M, c = -scale * S1 / M; M values a channel.
 template <typename A>

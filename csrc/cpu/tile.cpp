@@ -1,14 +1,19 @@
-// The portable matrix tile: C[m, n] (+)= A[m, k] B[k, n] for any processor.
-#include "common.h"
+// The portable matrix tile: C[m, n] (+)= A[m, k] B[k, n] for any processor; of bfloat16 for those
+// that multiply it.
+#include "rows.h"
+
+#if defined(PREACT_VERSIONS)
+#include <immintrin.h>
+#endif
 
 namespace preact {
 namespace {
 
-// kVectors of kDepth rows of B share the first cache with what they are multiplied with; a single
-// vector needs so many rows of C as sums that none waits for the one before it.
+// kVectors of kDepth rows of B share the first cache with what they are multiplied with; as
+// many rows of C, by 1, 2 and 4 vectors, are kept as it takes that no sum waits for the one before.
 namespace any {
-constexpr int64_t kVectorBytes = 16, kDepth = 128, kNarrowRows = 6;
-constexpr int kVectors = 2;
+constexpr int64_t kVectorBytes = 16, kDepth = 128, kRowsOf[] = {6, 6};
+constexpr int kVectors = 2, kUnrolled = 4;
 #define PREACT_TARGET
 #include "tile_loops.h"
 #undef PREACT_TARGET
@@ -16,20 +21,49 @@ constexpr int kVectors = 2;
 
 #ifdef PREACT_VERSIONS
 namespace v3 {
-constexpr int64_t kVectorBytes = 32, kDepth = 256, kNarrowRows = 6;
-constexpr int kVectors = 2;
+constexpr int64_t kVectorBytes = 32, kDepth = 256, kRowsOf[] = {6, 6};
+constexpr int kVectors = 2, kUnrolled = 4;
 #define PREACT_TARGET __attribute__((target("arch=x86-64-v3")))
 #include "tile_loops.h"
 #undef PREACT_TARGET
 }  // namespace v3
 
 namespace v4 {
-constexpr int64_t kVectorBytes = 64, kDepth = 128, kNarrowRows = 16;
-constexpr int kVectors = 4;
+constexpr int64_t kVectorBytes = 64, kDepth = 128, kRowsOf[] = {16, 6, 6};
+constexpr int kVectors = 4, kUnrolled = 4;
 #define PREACT_TARGET __attribute__((target("arch=x86-64-v4")))
 #include "tile_loops.h"
 #undef PREACT_TARGET
 }  // namespace v4
+
+// Compilers do not find the instruction that adds up pairs of products.
+namespace v4_bf16 {
+constexpr int64_t kVectorBytes = 64, kDepth = 128, kRowsOf[] = {16, 12, 6};
+constexpr int kVectors = 4, kUnrolled = 1;
+#define PREACT_TARGET __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#include "tile_loops.h"
+
+template <>
+struct Products<Pair> {
+  using Sum = float;
+  typedef uint32_t Vector __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+  using SumVector = VectorOf<float>::type;
+  static PREACT_TARGET PREACT_INLINE void add(Pair a, const Vector& b, SumVector& sum) {
+    const __m512i everywhere = _mm512_set1_epi32(std::bit_cast<int>(a));
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(everywhere),
+                           reinterpret_cast<__m512bh>(b));
+  }
+};
+
+// a: [m, k], b: [k / 2, n, 2]
+PREACT_TARGET void multiply_pairs(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
+                                  int64_t ldc, bool accumulate, const bf16* a, const bf16* b,
+                                  float* c) {
+  multiply<false>(m, n, k / 2, lda / 2, ldb, ldc, accumulate, reinterpret_cast<const Pair*>(a),
+                  reinterpret_cast<const Pair*>(b), c);
+}
+#undef PREACT_TARGET
+}  // namespace v4_bf16
 #endif
 
 }  // namespace
@@ -49,6 +83,14 @@ Tile<T> portable_tile() {
 }
 template Tile<float> portable_tile();
 template Tile<double> portable_tile();
+
+Tile<bf16, float> portable_pairs_tile() {
+#ifdef PREACT_VERSIONS
+  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16"))
+    return {v4_bf16::multiply_pairs, v4_bf16::kVectors * v4_bf16::kLanes<Pair>, true};
+#endif
+  return {};
+}
 
 template <typename T>
 Tile<T> transposed_tile() {

@@ -77,12 +77,12 @@ PREACT_INLINE void transpose_squares(const T* in, int64_t rows, int64_t columns,
       out[column * ld_out + row] = in[row * ld_in + column];
 }
 
-PREACT_INLINE void pair(const bf16* in, int64_t rows, int64_t columns, bf16* out) {
+PREACT_INLINE void pair(const bf16* in, int64_t rows, int64_t columns, int64_t pitch, bf16* out) {
   int64_t row = 0;
-  for (; row + 2 <= rows; row += 2, in += 2 * columns, out += 2 * columns) {
+  for (; row + 2 <= rows; row += 2, in += 2 * pitch, out += 2 * columns) {
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
-      const uint32_t both = in[c].bits | uint32_t{in[columns + c].bits} << 16;
+      const uint32_t both = in[c].bits | uint32_t{in[pitch + c].bits} << 16;
       std::memcpy(out + 2 * c, &both, sizeof both);
     }
   }
@@ -106,8 +106,9 @@ PREACT_TRANSPOSE(bf16)
 PREACT_TRANSPOSE(double)
 PREACT_TRANSPOSE(Pair)
 
-PREACT_CLONES void pair_rows(const bf16* in, int64_t rows, int64_t columns, bf16* out) {
-  pair(in, rows, columns, out);
+PREACT_CLONES void pair_rows(const bf16* in, int64_t rows, int64_t columns, int64_t pitch,
+                             bf16* out) {
+  pair(in, rows, columns, pitch, out);
 }
 
 }  // namespace preact

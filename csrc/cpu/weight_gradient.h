@@ -82,10 +82,7 @@ class WeightGradient {
       O* const planes = buffer<O>(Buffer::kTransposed, together * left_size_) + i * left_size_;
       transpose_planes(left, h_is_left_ ? window_.rows(op_.shape, rows) : rows, planes);
       operands.left[i] = planes;
-      const int64_t even = pixels(rows) + pixels(rows) % 2, end = depth(pixels(rows));
-      pair_rows(right, pixels(rows), product_columns_, laid_out);
-      std::fill_n(laid_out + even * product_columns_, (end - even) * product_columns_, O{});
-      operands.right[i] = laid_out;
+      operands.right[i] = to_pairs(right, pixels(rows), laid_out);
     } else if (in_blocks_) {
       operands.right[i] = to_blocks(right, pixels(rows), laid_out);
     }
@@ -117,7 +114,7 @@ class WeightGradient {
             const int64_t rows = bands.end_row(first + i) - bands.first_row(first + i);
             const int64_t calls = joined_ ? 1 : rows, k = depth(pixels(joined_ ? rows : 1));
             const O* const a = operands.left[i] + left_offset(tap, row);
-            const int64_t to_column = in_blocks_ ? pixels(rows) : kPairs<O> ? 2 : 1;
+            const int64_t to_column = in_blocks_ ? depth(pixels(rows)) : kPairs<O> ? 2 : 1;
             const O* const b = operands.right[i] + column * to_column;
             for (int64_t call = 0; call < calls; ++call) {
               ahead.before(m * n * k);
@@ -181,8 +178,9 @@ class WeightGradient {
       window_.step_height * (kPairs<O> ? plane_width_ : window_.width * product_rows_);
   const int64_t right_size_ = depth(bands.rows_per_band * pitch_) * product_columns_;
   const Tile<O, A> tile_;
-  // The right operand is laid out for the tile, which would do so for every tap.
-  const bool in_blocks_ = tile_.copies && taps_ > 1 && product_columns_ > tile_.columns;
+  // The right operand is laid out for the tile, which would do so for every tap, or costs nothing.
+  const bool in_blocks_ =
+      tile_.copies && (taps_ > 1 || kPairs<O>) && product_columns_ > tile_.columns;
   const int64_t block_columns_ = in_blocks_ ? tile_.columns : kProductColumns;
   A* const partial_;  // [parts][R, S, product_rows, product_columns]
 
@@ -222,6 +220,19 @@ class WeightGradient {
         std::copy_n(in + i * product_columns_ + column, n, out);
     }
     return blocks;
+  }
+
+  // [pixels, product_columns] to pairs of pixels, in blocks of columns or one.
+  const O* to_pairs(const O* in, int64_t pixels, O* out) const {
+    const O* const pairs = out;
+    const int64_t even = pixels + pixels % 2, end = depth(pixels);
+    const int64_t most = in_blocks_ ? block_columns_ : product_columns_;
+    for (int64_t column = 0; column < product_columns_; column += most, out += end * most) {
+      const int64_t n = std::min(most, product_columns_ - column);
+      pair_rows(in + column, pixels, n, product_columns_, out);
+      std::fill_n(out + even * n, (end - even) * n, O{});
+    }
+    return pairs;
   }
 
   // Rows of the window, [rows, width, product_rows], to [step][product_rows][rows, plane_width] and

@@ -65,6 +65,18 @@ bool brgemm_runs() {
   return static_cast<Function>(at::native::cpublas::brgemm) && runs(kBrgemmTile, ones);
 }
 
+bool brgemm_multiplies_bfloat16() {
+#if defined(__x86_64__)
+  using Function = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                            const c10::BFloat16*, const c10::BFloat16*, float*, bool);
+  const bf16 ones[] = {{0x3f80}, {0x3f80}};
+  return __builtin_cpu_supports("avx512bf16") && at::native::cpublas::brgemm_release &&
+         static_cast<Function>(at::native::cpublas::brgemm) && runs(kBrgemmPairsTile, ones);
+#else
+  return false;
+#endif
+}
+
 // A range of its own for each thread; one that is through with it takes what another has left, so
 // that a processor busy elsewhere holds the rest up by one piece only.
 struct alignas(64) Range {
@@ -125,15 +137,7 @@ std::vector<std::string> tile_providers() {
 }
 
 bool multiplies_bfloat16() {
-#if defined(__x86_64__)
-  using Function = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
-                            const c10::BFloat16*, const c10::BFloat16*, float*, bool);
-  const bf16 ones[] = {{0x3f80}, {0x3f80}};
-  return __builtin_cpu_supports("avx512bf16") && at::native::cpublas::brgemm_release &&
-         static_cast<Function>(at::native::cpublas::brgemm) && runs(kBrgemmPairsTile, ones);
-#else
-  return false;
-#endif
+  return portable_pairs_tile().multiply || brgemm_multiplies_bfloat16();
 }
 
 void use_tile_provider(const std::string& name) {
@@ -150,10 +154,16 @@ void use_tile_provider(const std::string& name) {
 
 Runtime torch_runtime() {
   const char* const name = chosen;
-  const bool brgemm = name ? name == kBrgemm : !portable_is_faster();
-  const bool pairs = name != kPortable && multiplies_bfloat16();
-  return {torch_parallel_for, brgemm && brgemm_runs() ? kBrgemmTile : portable_tile<float>(),
-          pairs ? kBrgemmPairsTile : Tile<bf16, float>{}, pairs_depth(), !has_avx512()};
+  const bool brgemm = (name ? name == kBrgemm : !portable_is_faster()) && brgemm_runs();
+  Runtime runtime{torch_parallel_for, portable_tile<float>(), portable_pairs_tile(), 2,
+                  !has_avx512()};
+  if (!brgemm) return runtime;
+  runtime.tile = kBrgemmTile;
+  runtime.pairs_tile = {};
+  if (!brgemm_multiplies_bfloat16()) return runtime;
+  runtime.pairs_tile = kBrgemmPairsTile;
+  runtime.pairs_depth = pairs_depth();
+  return runtime;
 }
 
 }  // namespace preact

@@ -12,7 +12,7 @@ namespace preact {
 // and processor have it.
 std::vector<std::string> tile_providers();
 
-// Whether the processor multiplies bfloat16, and torch lends a tile that does.
+// Whether the processor multiplies bfloat16, and a tile of ours or torch's has it do so.
 bool multiplies_bfloat16();
 
 // Takes one of tile_providers() for every later call in this process.

@@ -462,6 +462,11 @@ int main() {
   test_all<bf16>("bfloat16 in pairs");
   in_order.pairs_depth = reversed.pairs_depth = 32;
   test_all<bf16>("bfloat16 in pairs, 32 deep");
+  if (portable_pairs_tile().multiply) {
+    in_order.pairs_tile = reversed.pairs_tile = portable_pairs_tile();
+    in_order.pairs_depth = reversed.pairs_depth = 2;
+    test_all<bf16>("bfloat16 by this processor");
+  }
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
   return failures != 0;
 }
