@@ -9,8 +9,8 @@
 namespace preact {
 namespace {
 
-// kVectors of kDepth rows of B share the first cache with what they are multiplied with; as
-// many rows of C, by 1, 2 and 4 vectors, are kept as it takes that no sum waits for the one before.
+// kVectors of kDepth rows of B share the first cache with what they are multiplied with. Blocks by
+// 1, 2 and 4 vectors have kRowsOf rows, enough that no sum waits for the one before it.
 namespace any {
 constexpr int64_t kVectorBytes = 16, kDepth = 128, kRowsOf[] = {6, 6};
 constexpr int kVectors = 2, kUnrolled = 4;
