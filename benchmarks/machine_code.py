@@ -35,6 +35,16 @@ class Instruction:
                 return int(part.lstrip("US"))
         return 128 if self.name == "LDSM" else 32
 
+    @property
+    def multiplications(self) -> int:
+        """Of a warp by tensor cores, as many as m16n8k16: HMMA one, HGMMA.64x128x16.F32 16.
+
+        What waits for products is an HGMMA too, of float16.
+        """
+        if self.name == "HGMMA" and ".F32" in self.opcode:
+            return int(self.opcode.split("x")[1]) // 8
+        return int(self.name == "HMMA")
+
 
 @dataclass
 class Loop:
@@ -43,15 +53,53 @@ class Loop:
     def count(self, name: str, bits: int | None = None) -> int:
         return sum(i.name == name and bits in (None, i.bits) for i in self.instructions)
 
+    @property
+    def multiplications(self) -> int:
+        """Of a warp."""
+        return sum(i.multiplications for i in self.instructions)
+
     def fast_path(self) -> list[Instruction]:
         """Without the branches for memory that is no whole vectors, and for another activation."""
         return self._path_without(_is_narrow, _is_exponential) or (
             self._path_without(_is_narrow) or self.instructions
         )
 
+    def longest_way(self) -> list[Instruction]:
+        """Of the ways through the fast path, the one with most instructions."""
+        return self._way_without(_is_narrow, _is_exponential) or (
+            self._way_without(_is_narrow) or self.instructions
+        )
+
+    def _way_without(self, *avoided: Callable[[Instruction], bool]) -> list[Instruction]:
+        blocks, following = self._blocks(*avoided)
+        ways: dict[int, list[Instruction]] = {}  # from each block to the last
+        for n in sorted(following, reverse=True):
+            rests = [ways[m] for m in following[n] if m in ways]
+            if rests or n == len(blocks) - 1:
+                ways[n] = blocks[n] + max(rests, key=len, default=[])
+        return ways.get(0, [])
+
     def _path_without(self, *avoided: Callable[[Instruction], bool]) -> list[Instruction]:
         """The blocks on ways through the loop that meet no avoided instruction; [] if none does."""
-        first, last = self.instructions[0].address, self.instructions[-1].address
+        blocks, following = self._blocks(*avoided)
+        reached, stack = set(), [0] if 0 in following else []
+        while stack:
+            n = stack.pop()
+            if n not in reached:
+                reached.add(n)
+                stack += following[n]
+        last = self.instructions[-1].address
+        useful = set()
+        for n in sorted(reached, reverse=True):
+            if blocks[n][-1].address == last or any(m in useful for m in following[n]):
+                useful.add(n)
+        return [i for n in sorted(useful) for i in blocks[n]]
+
+    def _blocks(
+        self, *avoided: Callable[[Instruction], bool]
+    ) -> tuple[list[list[Instruction]], dict[int, list[int]]]:
+        """Straight pieces of code, and which may follow on each that has nothing avoided."""
+        first = self.instructions[0].address
         leaders = {first} | {i.target for i in self.instructions if i.target is not None}
         blocks: list[list[Instruction]] = []
         for before, i in zip([None, *self.instructions], self.instructions, strict=False):
@@ -63,22 +111,14 @@ class Loop:
 
         following: dict[int, list[int]] = {}
         for n, block in enumerate(blocks):
+            if closed[n]:
+                continue
             end = block[-1]
             to = [starts[end.target]] if end.target in starts else []
-            if not (end.name == "BRA" and end.opcode == "BRA!") and n + 1 < len(blocks):
+            if end.opcode != "BRA!" and n + 1 < len(blocks):
                 to.append(n + 1)
             following[n] = [m for m in to if m > n and not closed[m]]
-        reached, stack = set(), [] if closed[0] else [0]
-        while stack:
-            n = stack.pop()
-            if n not in reached:
-                reached.add(n)
-                stack += following[n]
-        useful = set()
-        for n in sorted(reached, reverse=True):
-            if blocks[n][-1].address == last or any(m in useful for m in following[n]):
-                useful.add(n)
-        return [i for n in sorted(useful) for i in blocks[n]]
+        return blocks, following
 
 
 def _is_narrow(i: Instruction) -> bool:
@@ -143,9 +183,37 @@ class Kernel:
         return self._per_unit("LDGSTS", 128, loops)
 
     @property
+    def by_warpgroups(self) -> bool:
+        """Whether warpgroups multiply, and warps have roles."""
+        return "_by_warpgroups" in self.name
+
+    @property
     def copies_weights(self) -> bool:
         """Whether weights have loops of their own: not in the kernels with weight gradients."""
-        return not self.name.startswith(("preact_conv_wgrad", "preact_conv_backward"))
+        return not self.name.startswith(("preact_conv_wgrad", "preact_conv_backward", "wgrad_by"))
+
+    @cached_property
+    def pieces_stored(self) -> tuple[float, float]:
+        """Instructions for each piece that a convolution stores, and pieces of a turn.
+
+        What is stored without BatchNorm, or with frozen statistics, has ways of its own.
+        """
+        loops = [x for x in self.loops if x.count("STG", 128)]
+        plain = [x for x in loops if not any(map(_is_exponential, x.instructions))]
+        ways = [loop.longest_way() for loop in plain or loops]
+        return self._per_turn("STG", ways)
+
+    @cached_property
+    def pieces_filled(self) -> tuple[float, float]:
+        """Likewise for those of a window that warps transform on their way from global memory."""
+        loops = [x for x in self.loops if x.count("LDG", 128) and x.count("STS", 128)]
+        return self._per_turn("STS", [x.longest_way() for x in loops if x.count("FFMA")])
+
+    def _per_turn(self, name: str, ways: list[list[Instruction]]) -> tuple[float, float]:
+        units = sum(i.name == name and i.bits == 128 for way in ways for i in way)
+        if not units:
+            raise LookupError(f"{self.name}: found no loop for {name}.128")
+        return sum(map(len, ways)) / units, units / len(ways)
 
     def _per_unit(self, name: str, bits: int, loops: list[Loop]) -> float:
         paths = [loop.fast_path() for loop in loops]
@@ -168,7 +236,7 @@ class Kernel:
         The straight code up to the last multiplication, from where an inner loop ends or its own
         begins. The longest loop where nothing multiplies: what is done for each pixel.
         """
-        multiplies = [i for i in self.instructions if i.name == "HMMA"]
+        multiplies = [i for i in self.instructions if i.multiplications]
         if not multiplies:
             return self._longest_loop()
         first, last = multiplies[0].address, multiplies[-1].address
@@ -284,7 +352,7 @@ def _demangled(symbol: str) -> str:
 
 
 def _instructions(function: str) -> list[Instruction]:
-    line = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)([^;]*);")
+    line = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.x]*)([^;]*);")
     found = []
     for address, predicate, opcode, operands in line.findall(function):
         target = None

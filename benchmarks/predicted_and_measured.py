@@ -5,7 +5,7 @@
 Every operator call of a training step of a network of the report (R-1001), on random operands, in a
 CUDA graph of several calls; the operands stay in the caches where they fit. The Markdown table has
 the slowest first. With --warpgroups convolutions multiply with wgmma where they can, on compute
-capability 9.0; predicted are the other kernels. Needs nothing but PyTorch and the CUDA kernels.
+capability 9.0. Needs nothing but PyTorch and the CUDA kernels.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from step_calls import STEPS, Call, Spec, by_kernel, shape_class, step_calls
+from step_calls import BY_WARPGROUPS, STEPS, Call, Spec, by_kernel, shape_class, step_calls
 
 from fused_preact import _C
 
@@ -33,19 +33,19 @@ class Row(NamedTuple):
     measured: float
 
 
-def predictions(network: str, gpu: str) -> dict[tuple[str, str], float]:
+def predictions(step: str, gpu: str) -> dict[tuple[str, str], float]:
     """Seconds of a call by operator and shape class, of the report's device that gpu names, or of
     the one that is like it.
 
-    Raises LookupError where the report has no such device.
+    Raises LookupError where the report has no such device, or no such step of it.
     """
     report = json.loads(PREDICTED.read_text())["predictions"]
     for name, other in ALIKE.items():
         gpu = gpu.replace(name, other)
     for name, device in report.items():
-        if name in gpu:
-            return _of_calls(device["steps"][network]["rows"])
-    raise LookupError(f"the report predicts {', '.join(report)}, and this is {gpu}")
+        if name in gpu and step in device["steps"]:
+            return _of_calls(device["steps"][step]["rows"])
+    raise LookupError(f"the report predicts {', '.join(report)}, and this is {step} on {gpu}")
 
 
 def _of_calls(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -82,10 +82,10 @@ def _key(call: Call) -> tuple[str, str]:
     return call.operator.split("::")[1], shape_class(call)
 
 
-def table(network: str, gpu: str, rows: list[Row]) -> str:
+def table(step: str, gpu: str, rows: list[Row]) -> str:
     """Markdown."""
     lines = [
-        f"# {network} on {gpu}: predicted and measured",
+        f"# {step} on {gpu}: predicted and measured",
         "",
         "| operator | shape | calls | predicted, us | measured, us | measured / predicted |",
         "|---|---|---|---|---|---|",
@@ -147,12 +147,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("predicted_and_measured.py needs a GPU, and this torch sees none")
     gpu = torch.cuda.get_device_name()
+    name = args.network + (BY_WARPGROUPS if args.warpgroups else "")
     try:
-        predicted = predictions(args.network, gpu)
+        predicted = predictions(name, gpu)
     except LookupError as error:
         raise SystemExit(str(error)) from error
     step = STEPS[args.network]
-    text = table(args.network, gpu, measure(step_calls(step.build, step.shape), predicted))
+    text = table(name, gpu, measure(step_calls(step.build, step.shape), predicted))
     print(text)
     if args.results:
         args.results.write_text(text)

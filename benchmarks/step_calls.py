@@ -55,6 +55,7 @@ class Step(NamedTuple):
     goal: str  # on one H100
 
 
+BY_WARPGROUPS = " by wgmma"  # behind a step's name, in the report, of the kernels asked for
 ZEROS = 16 << 10  # bytes, of a call of units: csrc/torch/units_call.h
 
 STEPS = {

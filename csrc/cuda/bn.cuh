@@ -69,6 +69,20 @@ struct Affine {
     load_piece(affine + 3 * channels.count + first, valid, vectors, shift);
   }
   PREACT_DEVICE float z(int j, float u) const { return normalise(u, mean[j], scale[j], shift[j]); }
+  // act(z), as it is stored.
+  template <Activation kActivation, typename T>
+  PREACT_DEVICE RawPiece<T> activated(const Piece& u) const {
+    Piece v;
+    if constexpr (kActivation == Activation::kRelu && sizeof(T) == 2) {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) v[j] = z(j, u[j]);
+      return {narrow_not_negative<T>(v)};
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) v[j] = activate<kActivation>(z(j, u[j]));
+      return raw_piece<T>(v);
+    }
+  }
 };
 
 // The end of BatchNorm's backward pass with frozen statistics: g becomes residual + scale * g.

@@ -18,9 +18,8 @@ __global__ __launch_bounds__(kPointwiseThreads,
   me.for_each(p, [&](int64_t offset) {
     Piece v;
     load_piece(u + offset, me.valid, p.channels.vectors, v);
-#pragma unroll
-    for (int j = 0; j < kPiece; ++j) v[j] = activate<kActivation>(bn.z(j, v[j]));
-    store_piece(h + offset, me.valid, p.channels.vectors, v);
+    store_raw_piece(h + offset, me.valid, p.channels.vectors,
+                    bn.template activated<kActivation, T>(v));
   });
 }
 

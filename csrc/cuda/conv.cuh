@@ -288,13 +288,12 @@ PREACT_DEVICE void fill_pixel_table(const Region& region, int count, RegionPixel
 // --- operands ------------------------------------------------------------------------------------
 
 // act(bn(u)) of a piece of u
-template <Activation kActivation>
+template <typename T, Activation kActivation>
 struct Activate {
   Affine bn;
 
-  PREACT_DEVICE void operator()(Piece& v, const Piece&) const {
-#pragma unroll
-    for (int j = 0; j < kPiece; ++j) v[j] = activate<kActivation>(bn.z(j, v[j]));
+  PREACT_DEVICE RawPiece<T> operator()(const Piece& u, const Piece&) const {
+    return bn.activated<kActivation, T>(u);
   }
 };
 
@@ -313,7 +312,7 @@ struct Activated {
   PREACT_DEVICE void with_function(int64_t channel, const F& use) const {
     const Affine bn(affine, channels, channel);
     with_activation<kSilu>(activation,
-                           [&]<Activation kActivation>() { use(Activate<kActivation>{bn}); });
+                           [&]<Activation kActivation>() { use(Activate<T, kActivation>{bn}); });
   }
 };
 
@@ -340,9 +339,11 @@ struct Gradient {
 
   struct Function {
     BnGrad bn;
-    PREACT_DEVICE void operator()(Piece& v, const Piece& u) const {
+    PREACT_DEVICE RawPiece<T> operator()(const Piece& g, const Piece& u) const {
+      Piece v;
 #pragma unroll
-      for (int j = 0; j < kPiece; ++j) v[j] = bn.du(j, v[j], u[j]);
+      for (int j = 0; j < kPiece; ++j) v[j] = bn.du(j, g[j], u[j]);
+      return raw_piece<T>(v);
     }
   };
   template <typename F>
@@ -480,8 +481,8 @@ struct Window {
         Piece v, u{};
         read_piece(buffer + at, v);
         if constexpr (Source::kTwo) read_piece(second + at, u);
-        function(v, u);
-        if (inside & 1) write_piece(buffer + at, v);
+        const RawPiece<T> operand = function(v, u);
+        if (inside & 1) write_raw_piece(buffer + at, operand);
       }
     });
   }

@@ -44,6 +44,15 @@ PREACT_DEVICE Bytes16 narrow_piece(const Piece& v) {
   return raw;
 }
 
+// Likewise, 0 for what is negative: at no cost beside the rounding.
+template <typename T>
+PREACT_DEVICE Bytes16 narrow_not_negative(const Piece& v) {
+  Bytes16 raw;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) raw.word[j] = narrow_pair_not_negative(v[2 * j], v[2 * j + 1], T{});
+  return raw;
+}
+
 template <typename T>
 PREACT_DEVICE T narrow(float x) {
   return {static_cast<uint16_t>(narrow_pair(x, x, T{}))};
@@ -111,17 +120,22 @@ PREACT_DEVICE void load_piece(const T* p, int valid, bool vectors, Piece& v) {
 }
 
 template <typename T>
-PREACT_DEVICE void store_piece(T* p, int valid, bool vectors, const Piece& v) {
+PREACT_DEVICE void store_raw_piece(T* p, int valid, bool vectors, const RawPiece<T>& raw) {
   if (vectors) {
-    const RawPiece<T> raw = raw_piece<T>(v);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
       store16(p + i * 16 / static_cast<int>(sizeof(T)), raw.part[i]);
     return;
   }
+  Piece v;
+  raw.widen(v);
 #pragma unroll
   for (int j = 0; j < kPiece; ++j)
     if (j < valid) store(p + j, narrow<T>(v[j]));
+}
+template <typename T>
+PREACT_DEVICE void store_piece(T* p, int valid, bool vectors, const Piece& v) {
+  store_raw_piece(p, valid, vectors, raw_piece<T>(v));
 }
 
 // A whole, aligned piece in shared memory.
@@ -135,11 +149,14 @@ PREACT_DEVICE void read_piece(const T* shared, Piece& v) {
 }
 
 template <typename T>
-PREACT_DEVICE void write_piece(T* shared, const Piece& v) {
+PREACT_DEVICE void write_raw_piece(T* shared, const RawPiece<T>& raw) {
   Bytes16* const to = reinterpret_cast<Bytes16*>(shared);
-  const RawPiece<T> raw = raw_piece<T>(v);
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) store_shared(to + i, raw.part[i]);
+}
+template <typename T>
+PREACT_DEVICE void write_piece(T* shared, const Piece& v) {
+  write_raw_piece(shared, raw_piece<T>(v));
 }
 
 }  // namespace preact::cuda

@@ -245,10 +245,9 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
         const int at = row * input_pitch + input_rows.column;
         Piece v;
         read_piece(u + at, v);
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j)
-          v[j] = row < pixels ? activate<kActivation>(bn.z(j, v[j])) : 0.f;
-        write_piece(h + at, v);
+        RawPiece<T> operand{};
+        if (row < pixels) operand = bn.template activated<kActivation, T>(v);
+        write_raw_piece(h + at, operand);
       }
     }
     __syncthreads();

@@ -64,6 +64,18 @@ PREACT_DEVICE uint32_t narrow_pair(float low, float high, f16) {
   return out;
 }
 
+// Likewise, of what is not negative: else 0. NaN stays NaN.
+PREACT_DEVICE uint32_t narrow_pair_not_negative(float low, float high, bf16) {
+  uint32_t out;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+PREACT_DEVICE uint32_t narrow_pair_not_negative(float low, float high, f16) {
+  uint32_t out;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
 // NaN stays NaN.
 PREACT_DEVICE float not_negative(float x) {
   float out;

@@ -65,11 +65,13 @@ struct PieceMoments {
   Piece shift{}, sum{}, squares{};
 
   PREACT_DEVICE void add(const Piece& x) {
-    const bool first = count == 0.f;
+    if (count == 0.f) [[unlikely]] {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) shift[j] = x[j];
+    }
     count += 1.f;
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) {
-      if (first) shift[j] = x[j];
       const float centred = x[j] - shift[j];
       sum[j] += centred;
       squares[j] = fmaf(centred, centred, squares[j]);

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_emulator.emulator import COPIED
 from kernel_report import DEVICES, Report
-from machine_code import cuobjdump, nvcc
+from machine_code import Instruction, Loop, cuobjdump, known_architectures, nvcc
 from measure import layer_by_layer, runs_units
 from step_calls import by_kernel, shape_class, step_calls, weight_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,9 +57,17 @@ def test_calls_are_those_of_the_real_model(build):
     assert wgrads == [wgrad for call in calls for wgrad in call.weight_gradients]
 
 
-@pytest.mark.skipif(nvcc() is None or cuobjdump() is None, reason="no nvcc, or no cuobjdump")
-def test_report_of_a_small_network(emulator, kernels):
+needs_code = pytest.mark.skipif(
+    nvcc() is None or cuobjdump() is None, reason="no nvcc, or no cuobjdump"
+)
+
+
+@needs_code
+@pytest.mark.parametrize("warpgroups", [False, True])
+def test_report_of_a_small_network(emulator, kernels, warpgroups):
     """A row for each launch, none faster than its floor; the step's sum has every launch once."""
+    if warpgroups and "90a" not in known_architectures():
+        pytest.skip("this nvcc knows no sm_90a")
     calls = step_calls(bottlenecks, SHAPE)
     by_name = {
         kernel.name: kernel
@@ -67,7 +75,7 @@ def test_report_of_a_small_network(emulator, kernels):
         for kernel in instances
         if architecture == H100.architecture
     }
-    report = Report({H100.architecture: by_name}, emulator)
+    report = Report({H100.architecture: by_name}, emulator, warpgroups=warpgroups)
     rows = report.step(H100, calls)
     ours = [call for call in calls if call.operator.startswith("fused_preact")]
     ours = report.by_kernel(H100, ours)
@@ -77,9 +85,11 @@ def test_report_of_a_small_network(emulator, kernels):
         assert all(of_each), name
         assert sum(row.count for row in rows if row.operator == name) == sum(of_each), name
     for row in rows:
-        assert row.predicted >= max(row.bytes, kernel_report.LAUNCH), row
+        assert row.predicted >= max(row.bytes, row.roles, kernel_report.LAUNCH), row
         assert row.resident_blocks >= 1 or not row.kernel, row
         assert row.issue > 0 or "preact_conv" not in row.kernel, row
+        assert (row.roles > 0) == ("_by_warpgroups" in row.kernel), row
+    assert any(row.roles for row in rows) == warpgroups
     text = kernel_report.markdown(H100, by_name, {"R-1001": rows})
     assert "prediction" in text and "preact_conv_wgrad" in text
 
@@ -135,7 +145,7 @@ def test_small_1x1_gradients_have_one_kernel(emulator):
     assert kernels["residual_conv_backward"] >= 1
 
 
-@pytest.mark.skipif(nvcc() is None or cuobjdump() is None, reason="no nvcc, or no cuobjdump")
+@needs_code
 def test_main_loops_multiply(kernels):
     """What the report calls the main loop holds every kernel's multiplications, and their loads."""
     for (architecture, _), instances in kernels.items():
@@ -147,7 +157,49 @@ def test_main_loops_multiply(kernels):
                 assert len(loop.instructions) < 8 * loop.count("HMMA")
 
 
-@pytest.mark.skipif(nvcc() is None or cuobjdump() is None, reason="no nvcc, or no cuobjdump")
+def code(*lines: str) -> list[Instruction]:
+    """One instruction every 16 bytes; a branch says where to."""
+    found = []
+    for i, line in enumerate(lines):
+        opcode, _, target = line.partition(" ")
+        found.append(Instruction(16 * i, opcode, int(target, 16) if target else None))
+    return found
+
+
+def test_longest_way_takes_one_of_two():
+    """Of code for each of two cases; what moves single numbers, or is SiLU's, is no way."""
+    first = ["LDG.E.128", "BRA 0x50", "FADD", "FADD", "BRA! 0x60"]
+    loop = Loop(code(*first, "FMUL", "STG.E.128", "BRA 0x0"))
+    names = [i.name for i in loop.longest_way()]
+    assert names == ["LDG", "BRA", "FADD", "FADD", "BRA!", "STG", "BRA"]
+    for slow in ("STG.E", "MUFU.EX2"):
+        first[2] = slow
+        loop = Loop(code(*first, "FMUL", "STG.E.128", "BRA 0x0"))
+        assert [i.name for i in loop.longest_way()] == ["LDG", "BRA", "FMUL", "STG", "BRA"]
+
+
+def test_multiplications_of_an_instruction():
+    """As many as m16n8k16, of each warp; what waits for a warpgroup's has none."""
+    of_each = {"HMMA.16816.F32.BF16": 1, "HGMMA.64x128x16.F32": 16, "HGMMA.64x8x16.F16": 0}
+    assert {i.opcode: i.multiplications for i in code(*of_each, "FFMA")} == of_each | {"FFMA": 0}
+
+
+def test_warps_with_roles_are_told_apart(emulator):
+    """Of a 1x1: each of eight warps multiplies 16 x 64 x 32 numbers a tile, three fill windows."""
+    u, weight = torch.zeros(2, 32, 16, 16).bfloat16(), torch.zeros(64, 32, 1, 1).bfloat16()
+    u = u.contiguous(memory_format=torch.channels_last)
+    with emulator.recording(4, 227 * 1024, warpgroups=True) as launches:
+        emulator.operators.preact_conv_forward(
+            *(u, None, weight, None, (1, 1), (0,) * 4, (1, 1), 1, "relu", False)
+        )
+    (launch,) = launches
+    assert launch.grid == (4, 1, 1)  # one tile of 128 pixels each
+    assert [warp.multiplications for warp in launch.warps] == [8 * 2] * 8 + [0] * 4
+    filled = [warp.transformed for warp in launch.warps]
+    assert filled[:8] == [0] * 8 and sum(filled[8:11]) == 128 * 4 // 32 and filled[11] == 0
+
+
+@needs_code
 def test_copies_of_windows_and_of_weights_are_told_apart(kernels):
     """In 16 bits each has its loops; where weights have none, asking for them is an error."""
     for instances in kernels.values():

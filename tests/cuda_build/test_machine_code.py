@@ -39,8 +39,9 @@ def test_no_kernel_spills(kernels):
                 continue
             most = 64 if re.match(r"preact_conv_forward_.*<128, 1, 16>", kernel.name) else 0
             # whose epilogue keeps BatchNorm's vectors and sums beside half of the product
-            most = 512 if kernel.name.startswith("dgrad_by_warpgroups") else most
-            most = 128 if kernel.name.startswith("wgrad_by_warpgroups") else most
+            most = 544 if kernel.name.startswith("dgrad_by_warpgroups") else most
+            # likewise, in its prologue
+            most = 304 if kernel.name.startswith("wgrad_by_warpgroups") else most
             assert max(kernel.stack_bytes, kernel.spill_bytes) <= most, (
                 f"{architecture} {kernel.name}"
             )
@@ -72,22 +73,24 @@ needs_sm90a = pytest.mark.skipif(
 
 
 @needs_sm90a
-@pytest.mark.parametrize("file", SM90)
+@pytest.mark.parametrize("file", [file for file in SM90 if "wgrad" not in file])
 def test_warpgroups_share_the_registers_of_their_launch(kernels, file):
-    """Two blocks of 384 threads, or one of 512: with fewer they would wait for ever for more."""
+    """Two blocks of 384 threads, one of 512 or of 640: with fewer they wait for ever for more."""
+    registers = {"<1, 64,": 80, "<2, 128,": 128, "<1, 128,": 96}
     for kernel in kernels["90a", file]:
-        slim = "GroupTile<1, 64" in kernel.name
-        assert kernel.registers == (80 if slim else 128), kernel.name
+        (of_tile,) = (n for tile, n in registers.items() if f"GroupTile{tile}" in kernel.name)
+        assert kernel.registers == of_tile, kernel.name
 
 
 @needs_cuobjdump
 @needs_sm90a
 @pytest.mark.parametrize("file", SM90)
 def test_warpgroups_multiply_by_wgmma(kernels, file):
-    """HGMMA, between barriers in shared memory and with registers shared out anew, and no HMMA."""
+    """And no HMMA; with roles, between barriers in shared memory, with registers shared anew."""
+    roles = set() if "wgrad" in file else {"SYNCS", "USETMAXREG"}
     for kernel in kernels["90a", file]:
         found = {i.name for i in kernel.instructions}
-        assert {"HGMMA", "SYNCS", "USETMAXREG"} <= found and "HMMA" not in found, kernel.name
+        assert roles | {"HGMMA"} <= found and "HMMA" not in found, kernel.name
 
 
 @needs_cuobjdump

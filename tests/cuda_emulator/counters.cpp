@@ -105,8 +105,11 @@ void count_accesses(std::vector<Accessed>* (&lanes)[32], const unsigned char* sh
 
 void record_launch(const Launch& launch) { launches.push_back(launch); }
 
-void count_multiplication() {
-  if (recording) count_recorded(kMultiplications);
+void count_multiplications(int m16n8k16) {
+  if (recording) count_recorded(kMultiplications, m16n8k16);
+}
+void count_matrix_reads(int reads) {
+  if (recording) count_recorded(kMatrixRead * kSizes + 4, reads);  // 16 bytes a lane
 }
 
 void count_recorded_thread(const Recorded& of_thread, bool last_of_warp) {
@@ -114,9 +117,9 @@ void count_recorded_thread(const Recorded& of_thread, bool last_of_warp) {
   for (int i = 0; i < kRecorded; ++i) busiest(of_warp.counts[i], of_thread.counts[i]);
   for (const auto& [place, count] : of_thread.copies) busiest(of_warp.copies[place], count);
   if (!last_of_warp) return;
-  Recorded& all = launches.back().recorded;
-  for (int i = 0; i < kRecorded; ++i) all.counts[i] += of_warp.counts[i];
-  for (const auto& [place, count] : of_warp.copies) all.copies[place] += count;
+  Launch& launch = launches.back();
+  launch.warps.push_back(of_warp.counts);
+  for (const auto& [place, count] : of_warp.copies) launch.copies[place] += count;
   of_warp = {};
 }
 
@@ -177,7 +180,8 @@ PREACT_CONTROL void emulator_record(int on) {
 }
 
 // A line for each launch since the last call: the kernel's place in this library, grid, threads,
-// shared bytes, counts, and of each place with asynchronous copies that place and their number.
+// shared bytes, each warp's counts, and of each place with asynchronous copies that place and their
+// number.
 PREACT_CONTROL const char* emulator_launches() {
   Dl_info self;
   dladdr(reinterpret_cast<const void*>(&emulator_launches), &self);
@@ -188,9 +192,9 @@ PREACT_CONTROL const char* emulator_launches() {
   for (const emulator::Launch& launch : emulator::launches) {
     std::vector<int64_t> values{at(launch.kernel), launch.grid.x,  launch.grid.y,
                                 launch.grid.z,     launch.threads, launch.shared_bytes};
-    const auto& recorded = launch.recorded;
-    values.insert(values.end(), recorded.counts.begin(), recorded.counts.end());
-    for (const auto& [place, count] : recorded.copies)
+    for (const auto& counts : launch.warps)
+      values.insert(values.end(), counts.begin(), counts.end());
+    for (const auto& [place, count] : launch.copies)
       values.insert(values.end(), {at(place), count});
     for (int64_t value : values) emulator::text += std::to_string(value) + " ";
     emulator::text += "\n";

@@ -27,9 +27,11 @@ constexpr int kAccesses = 6, kSizes = 5;  // 1, 2, 4, 8 and 16 bytes
 constexpr int kMultiplications = kAccesses * kSizes, kWaits = kMultiplications + 1;
 constexpr int kRecorded = kWaits + 3;
 
+using RecordedCounts = std::array<int64_t, kRecorded>;
+
 // What a thread, or several, did while a launch was recorded.
 struct Recorded {
-  std::array<int64_t, kRecorded> counts{};
+  RecordedCounts counts{};
   std::map<const void*, int64_t> copies;  // asynchronous ones, by their place in the code
 };
 
@@ -39,10 +41,12 @@ struct Launch {
   Index grid;
   int threads;
   int64_t shared_bytes;
-  Recorded recorded = {};  // of the first block's warps: each its busiest lane
+  // Of the first block's warps, of each its busiest lane; copies are those of all warps.
+  std::vector<RecordedCounts> warps = {};
+  std::map<const void*, int64_t> copies = {};
 };
 void record_launch(const Launch& launch);
-void count_recorded(int what);
+void count_recorded(int what, int64_t by = 1);
 void count_recorded_thread(const Recorded& of_thread, bool last_of_warp);
 
 }  // namespace emulator

@@ -280,7 +280,7 @@ void wake(const void* barrier) {
   sleeping.erase(found);
 }
 
-void count_recorded(int what) { ++fibers[self]->recorded.counts[what]; }
+void count_recorded(int what, int64_t by) { fibers[self]->recorded.counts[what] += by; }
 
 void check_aligned(const void* p, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % 16) fail(std::string(what) + " at no multiple of 16 bytes");
@@ -294,7 +294,7 @@ void run(const char* name, const void* symbol, Index grid, int block_threads, in
   block_size = {static_cast<unsigned>(threads), 1, 1};
   grid_size = grid;
   if (recording) {
-    record_launch({name, symbol, grid, block_threads, shared_bytes, {}});
+    record_launch({name, symbol, grid, block_threads, shared_bytes});
     const std::vector<unsigned char> memory(static_cast<size_t>(shared_bytes) + 128);
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data());
     shared_bytes_begin = reinterpret_cast<unsigned char*>((begin + 127) / 128 * 128);

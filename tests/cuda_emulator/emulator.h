@@ -44,7 +44,10 @@ extern bool recording;  // launches are written down; their first block runs wit
 // memory while launches are recorded.
 enum Access { kRead, kWritten, kCopied, kSharedRead, kSharedWritten, kMatrixRead };
 bool count(Access access, const void* p, int bytes);
-void count_multiplication();
+// Of this thread's warp: multiplications as large as m16n8k16, and the reads of 512 bytes of shared
+// memory that a warpgroup's products make for each of its warps.
+void count_multiplications(int m16n8k16);
+void count_matrix_reads(int reads);
 
 void seed(uint64_t value);  // of the orders of threads and blocks
 void barrier();
@@ -110,6 +113,10 @@ uint32_t narrow_pair(float low, float high, T) {
 }
 
 inline float not_negative(float x) { return x < 0.f ? 0.f : x; }
+template <typename T>
+uint32_t narrow_pair_not_negative(float low, float high, T) {
+  return narrow_pair(not_negative(low), not_negative(high), T{});
+}
 
 // As far off as the instruction may be.
 inline float reciprocal(float x) { return std::nextafter(1.f / x, 2.f); }
@@ -239,7 +246,7 @@ void multiply_all_matrices(void* (&lanes)[32]) {
 }
 template <typename T>
 void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
-  emulator::count_multiplication();
+  emulator::count_multiplications(1);
   MatrixMultiply mine{c, a, {b0, b1}};
   emulator::together(&mine, multiply_all_matrices<T>);
 }
@@ -248,12 +255,12 @@ void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 inline int multiprocessors(int) { return emulator::device.multiprocessors; }
 // As shared memory has room, of which the system takes 1 KB for each block; a thread has as many
-// registers as leave room for 256, or for one block.
+// registers as leave room for 256, or, of a block that has more, for 768.
 template <typename Kernel>
 int64_t resident_blocks(Kernel, int threads, int64_t shared_bytes, int) {
   constexpr int64_t kSystem = 1024;
   const int64_t room = (emulator::device.most_shared_bytes + kSystem) / (shared_bytes + kSystem);
-  return std::min<int64_t>(std::max(256 / threads, 1), room);
+  return std::min<int64_t>(threads > 256 ? std::max(768 / threads, 1) : 256 / threads, room);
 }
 inline int64_t most_shared_bytes(int) { return emulator::device.most_shared_bytes; }
 

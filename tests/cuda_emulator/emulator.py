@@ -3,6 +3,7 @@
 import ctypes
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,16 +40,36 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Warp:
+    """What a warp did in a launch's first block, as if that came last and merged all blocks."""
+
+    accesses: dict[tuple[int, int], int]  # instructions, by access and bytes of a lane
+    multiplications: int  # mma.m16n8k16, or as many of a warpgroup's
+    waits: tuple[int, ...]  # for copies, by how many groups may be under way
+
+    @property
+    def transformed(self) -> int:
+        """Pieces that it stored in shared memory, not by copies."""
+        return self.accesses.get((SHARED_WRITTEN, 16), 0) - self.accesses.get((COPIED, 16), 0)
+
+
+@dataclass(frozen=True)
 class Launch:
     kernel: str  # "preact_conv_forward_kernel<preact::cuda::bf16, (preact::Activation)0>"
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
-    # Of its first block, in instructions of warps, as if it came last and merged all blocks.
-    multiplications: int  # mma.m16n8k16
-    waits: tuple[int, ...]  # of each warp for copies, by how many groups may be under way
-    accesses: dict[tuple[int, int], int]  # by access and bytes of a lane
-    weight_copies: int  # of the accesses, asynchronous copies of weights
+    warps: tuple[Warp, ...]
+    weight_copies: int  # of their accesses, asynchronous copies of weights
+
+    @property
+    def multiplications(self) -> int:
+        return sum(warp.multiplications for warp in self.warps)
+
+    @property
+    def accesses(self) -> dict[tuple[int, int], int]:
+        """Of all warps."""
+        return dict(sum((Counter(warp.accesses) for warp in self.warps), Counter()))
 
 
 class Counts:
@@ -126,18 +147,15 @@ class Emulator:
         with device, self._recorded():
             yield launches
             for line in self._lines("emulator_launches"):
-                place, x, y, z, threads, shared_bytes, *counts = map(int, line.split())
-                counts, copies = counts[:_RECORDED], counts[_RECORDED:]
-                *accesses, multiplications = counts[:-3]
-                by_kind = {(i // 5, 2 ** (i % 5)): n for i, n in enumerate(accesses) if n}
+                place, x, y, z, threads, shared_bytes, *values = map(int, line.split())
+                ends = range(_RECORDED, (threads // 32 + 1) * _RECORDED, _RECORDED)
+                copies = values[ends[-1] :]
                 launch = Launch(
                     self._kernel(place),
                     (x, y, z),
                     threads,
                     shared_bytes,
-                    multiplications,
-                    tuple(n // (threads // 32) for n in counts[-3:]),
-                    by_kind,
+                    tuple(_warp(values[end - _RECORDED : end]) for end in ends),
                     self._weight_copies(dict(zip(copies[::2], copies[1::2], strict=True))),
                 )
                 launches.append(launch)
@@ -163,10 +181,12 @@ class Emulator:
         return places
 
     def _weight_copies(self, copies: dict[int, int]) -> int:
-        """Of copies, a number at each place, those by fetch_weights()."""
+        """Of copies, a number at each place, those by functions that fetch weights."""
         new = [place for place in copies if place not in self._of_weights]
         for place, frames in zip(new, self._frames([place - 1 for place in new]), strict=True):
-            self._of_weights[place] = any("fetch_weights<" in name for name, _ in frames)
+            self._of_weights[place] = any(
+                "fetch_weights<" in name or "fill_weights<" in name for name, _ in frames
+            )
         return sum(count for place, count in copies.items() if self._of_weights[place])
 
     def _frames(self, offsets: list[int]) -> list[list[tuple[str, str]]]:
@@ -198,3 +218,9 @@ class Emulator:
                 if address and "_kernel" in name and "_Z" not in name:
                     self._kernels[int(address, 16)] = kernel_name(name)
         return self._kernels[offset]
+
+
+def _warp(counts: list[int]) -> Warp:
+    *accesses, multiplications, _, _, _ = counts
+    by_kind = {(i // 5, 2 ** (i % 5)): n for i, n in enumerate(accesses) if n}
+    return Warp(by_kind, multiplications, tuple(counts[-3:]))

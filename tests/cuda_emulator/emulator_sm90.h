@@ -28,6 +28,21 @@ inline void barrier_wait(Barrier* barrier, int phase) {
 
 inline int warp_number() { return static_cast<int>(threadIdx.x) / 32; }
 
+struct Asked {
+  int value, lane;
+  int answer = 0;
+};
+inline int of_lane(int value, int lane) {
+  Asked mine{value, lane};
+  emulator::together(&mine, [](void*(&lanes)[32]) {
+    for (void* one : lanes) {
+      Asked& asked = *static_cast<Asked*>(one);
+      asked.answer = static_cast<Asked*>(lanes[asked.lane % 32])->value;
+    }
+  });
+  return mine.answer;
+}
+
 template <int kRegisters>
 void take_registers() {}
 template <int kRegisters>
@@ -74,7 +89,8 @@ void products_done(float (&)[kSums]) {}
 // This thread's sums.
 template <bool kA, bool kB, int kSums, typename T>
 void warpgroup_multiply(float (&c)[kSums], const Operand& a, const Operand& b, bool add, T) {
-  emulator::count_multiplication();
+  emulator::count_multiplications(kSums / 4);
+  emulator::count_matrix_reads(1 + kSums / 32);  // its rows of a, a quarter of b
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
   emulator::multiply_later([=, c = &c[0]] {

@@ -157,7 +157,7 @@ def test_gradients_of_a_1x1_of_many_tiles(emulator, channels, filters, kilobytes
     with emulator.recording(1, kilobytes * 1024) as launches:
         operator(*arguments)
     both = next(launch for launch in launches if launch.kernel.startswith("preact_conv_backward"))
-    stages = {2 + newest for newest, n in enumerate(both.waits) if n}
+    stages = {2 + newest for newest, n in enumerate(both.warps[0].waits) if n}
     assert 32 // both.grid[0] > 2 * max(stages)
     with emulator.device(1, kilobytes * 1024):
         ours = operator(*arguments)
@@ -342,7 +342,7 @@ def test_number_of_stages_does_not_matter(emulator):
                 run(emulator.operators, shape, torch.bfloat16, "relu", True)
             for launch in launches:
                 name = launch.kernel.split("_kernel")[0]
-                stages[name] |= {2 + newest for newest, n in enumerate(launch.waits) if n}
+                stages[name] |= {2 + newest for newest, n in enumerate(launch.warps[0].waits) if n}
             with emulator.device(*device):
                 results.append(run(emulator.operators, shape, torch.bfloat16, "relu", True))
         for other in results[1:]:

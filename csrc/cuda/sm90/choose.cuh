@@ -38,11 +38,12 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
     return true;
   };
   const int64_t across = ceil_div(result_channels, WideGroups::kChannels);
-  const bool fits = 5 * (across * WideGroups::kChannels - result_channels) <= result_channels;
+  const bool fits = 5 * (across * WideGroups::kChannels - result_channels) <= 3 * result_channels;
   const int64_t tiles = ceil_div(positions_of(s), WideGroups::kPixels) * across;
-  if (fits && tiles >= multiprocessors(runtime.device) &&
-      with_tile.template operator()<WideGroups>())
-    return true;
+  if (fits && tiles >= multiprocessors(runtime.device))
+    if (s.kernel_height == 1 ? with_tile.template operator()<PointGroups>()
+                             : with_tile.template operator()<WideGroups>())
+      return true;
   return with_tile.template operator()<SlimGroups>();
 }
 

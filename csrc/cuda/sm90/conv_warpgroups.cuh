@@ -19,6 +19,7 @@ constexpr int kSourceSlots = 2;    // windows
 constexpr int kWeightSlots = 4;    // steps of weights, where not all of them stay
 constexpr int kMostResident = 16;  // steps of weights that stay
 constexpr int64_t kResidentWeights = 96 * 1024;
+constexpr int kCopiesAtOnce = 4;   // of a thread, of weights: it always has a multiple of them
 constexpr int kWeightsBehind = 2;  // steps whose copies are under way while others are begun
 static_assert(kWeightsBehind < kWeightSlots);
 
@@ -29,7 +30,7 @@ struct GroupTile {
   static constexpr int kBlocks = kBlocks_, kChannels = kChannels_;
   static constexpr int kWarps = 2 * kWarpgroup / 32;  // that multiply
   static constexpr int kSourceWarps = kSourceWarps_, kWeightWarps = kWeightWarps_;
-  static constexpr int kSourceThreads = 32 * kSourceWarps, kWeightThreads = 32 * kWeightWarps;
+  static constexpr int kWeightThreads = 32 * kWeightWarps;
   static constexpr int kThreads = 32 * (kWarps + kSourceWarps + kWeightWarps);
   static_assert(kThreads % kWarpgroup == 0);
   static constexpr int kPixels = 2 * kBlocks * kProductRows;
@@ -48,6 +49,7 @@ struct GroupTile {
 };
 using SlimGroups = GroupTile<1, 64, 3, 1, 2, 88, 64>;
 using WideGroups = GroupTile<2, 128, 6, 2, 1, 184, 72>;
+using PointGroups = GroupTile<1, 128, 10, 2, 1, 120, 80>;
 
 struct GroupBarriers {
   Barrier source_full[kSourceSlots], source_empty[kSourceSlots];
@@ -147,9 +149,9 @@ struct GroupWork {
   }
 };
 
-// Windows of a block's tiles; `thread` counts those with this role.
+// Windows of a block's tiles; `warp` counts those with this role.
 template <typename T, class Tile, class Source>
-PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int thread) {
+PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int warp) {
   const GroupTiling& t = work.t;
   const LineDivisors by(t.line);
   Ring ring;
@@ -157,9 +159,9 @@ PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int
     const Run run(t.line, tile * Tile::kPixels - t.line.halo());
     for (int chunk = 0; chunk < t.chunks; ++chunk, ring.advance(kSourceSlots)) {
       barrier_wait(&work.barriers.source_empty[ring.slot], ring.phase ^ 1);
-      fill_window<T, Tile::kSourceThreads>(source, run, by, t.window<Tile>(), chunk * t.chunk(),
-                                           t.chunk_pieces, t.live_pieces(chunk),
-                                           work.window(ring.slot), t.shared.source_plane, thread);
+      fill_window<T, Tile::kSourceWarps, Source::kTwo ? 2 : 4>(
+          source, run, by, t.window<Tile>(), chunk * t.chunk(), t.chunk_pieces,
+          t.live_pieces(chunk), work.window(ring.slot), t.shared.source_plane, warp);
       warp_arrives(&work.barriers.source_full[ring.slot]);
     }
   }
@@ -171,6 +173,7 @@ PREACT_DEVICE void fill_weights(const GroupWork& work, const Weight& weight, int
   const GroupTiling& t = work.t;
   const int pieces = weight_pieces<kDgrad, Tile>(t), rows = weight_rows<kDgrad, Tile>(t);
   const int piece = thread % pieces, first = thread / pieces, step = Tile::kWeightThreads / pieces;
+  const int64_t row_step = step * weight.stride_k;
   Ring ring, full;
   int begun = 0;
   const auto arrive = [&] {
@@ -189,16 +192,15 @@ PREACT_DEVICE void fill_weights(const GroupWork& work, const Weight& weight, int
           const bool there = column < (kDgrad ? t.result_count : t.source_count);
           // The gradient of the source takes the kernel backwards.
           const int row_tap = kDgrad ? t.kernel - 1 - r : r, tap = kDgrad ? t.kernel - 1 - s : s;
-          const T* const from = static_cast<const T*>(weight.data) + row_tap * weight.stride_r +
-                                tap * weight.stride_s + first_row * weight.stride_k;
-          const SharedAddress to =
-              shared_address(work.weights(ring.slot) + piece * t.shared.weight_plane);
-#pragma unroll 4
-          for (int row = first; row < rows; row += step) {
-            const bool copied = there && row < rows_left;
-            copy16(to + row * kCoreRow, from + (copied ? row * weight.stride_k + column : 0),
-                   copied);
-          }
+          const T* from = static_cast<const T*>(weight.data) + row_tap * weight.stride_r +
+                          tap * weight.stride_s + (first_row + first) * weight.stride_k + column;
+          SharedAddress to = shared_address(work.weights(ring.slot) +
+                                            piece * t.shared.weight_plane + first * kCoreRow);
+#pragma unroll 1
+          for (int row = first; row < rows; row += kCopiesAtOnce * step)
+#pragma unroll
+            for (int i = 0; i < kCopiesAtOnce; ++i, from += row_step, to += step * kCoreRow)
+              copy16(to, from, there && row + i * step < rows_left);
           copies_commit();
           if (++begun <= kWeightsBehind) continue;
           copies_wait(kWeightsBehind);
@@ -234,12 +236,17 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
                                   int column) {
   constexpr int kBlocks = Tile::kBlocks, kSums = Tile::kChannels / 2;
   // Rows that are read at once, where registers are left for it.
-  constexpr int kReads = kDgrad ? 1 : 2;
+  constexpr int kReads = kDgrad || kBlocks > 1 ? 1 : 2;
   constexpr int kHalves = Tile::kStageRows / 8;  // of 16 rows of the sums, at once in the stage
   const GroupTiling& t = work.t;
   const int warp = warp_number(), lane = static_cast<int>(threadIdx.x) % 32;
   const int group_position = warp / 4 * kBlocks * kProductRows;
   const int my_channel = work.first_channel + column * kPiece;
+  const auto start_of = [&](int pixel) {
+    return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(result.count)} *
+                                static_cast<uint32_t>(pixel)) +
+           my_channel;
+  };
   typename Epilogue::Thread mine(epilogue, my_channel);
   const LineDivisors by(t.line);
   Ring windows, weights;
@@ -289,7 +296,8 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
     const Run run(t.line, tile * Tile::kPixels + group_position + warp % 4 * 16);
     mine.begin_tile(my_channel);
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i)
+    for (int i = 0; i < kBlocks; ++i) {
+      const int pixel_of_row = run.pixel(i * kProductRows + lane % 16, by);
 #pragma unroll
       for (int h0 = 0; h0 < 2; h0 += kHalves) {
         __syncwarp();  // the rows before have been read
@@ -302,30 +310,30 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
                                           stage_column(8 * j) + lane % 4 * 2),
                 make_float2(sums[i][4 * j + 2 * h], sums[i][4 * j + 2 * h + 1]));
         __syncwarp();
-        if (row >= rows) continue;
 #pragma unroll 1
-        for (int at = row; at < Tile::kStageRows; at += kReads * rows) {
-          int64_t starts[kReads];
+        for (int first = 0; first < Tile::kStageRows; first += kReads * rows) {
+          const int at = first + row;
+          int pixels[kReads];
+#pragma unroll
+          for (int j = 0; j < kReads; ++j) {
+            const int pixel = of_lane(pixel_of_row, 8 * h0 + at + j * rows);
+            pixels[j] = row < rows && at + j * rows < Tile::kStageRows ? pixel : -1;
+          }
           typename Epilogue::Read reads[kReads];
 #pragma unroll
-          for (int j = 0; j < kReads; ++j) {
-            const int of_stage = at + j * rows;
-            const int pixel = of_stage < Tile::kStageRows
-                                  ? run.pixel(i * kProductRows + 8 * h0 + of_stage, by)
-                                  : -1;
-            starts[j] = pixel < 0 ? int64_t{-1} : pixel * result.count + my_channel;
-            if (pixel >= 0) mine.read(starts[j], reads[j]);
-          }
+          for (int j = 0; j < kReads; ++j)
+            if (pixels[j] >= 0) mine.read(start_of(pixels[j]), reads[j]);
 #pragma unroll
           for (int j = 0; j < kReads; ++j) {
-            if (starts[j] < 0) continue;
+            if (pixels[j] < 0) continue;
             Piece v;
             read_piece(stage + (at + j * rows) * Tile::kStagePitch + stage_column(column * kPiece),
                        v);
-            mine.store(starts[j], reads[j], v);
+            mine.store(start_of(pixels[j]), reads[j], v);
           }
         }
       }
+    }
   }
   __syncwarp();
   static_assert(sizeof(mine.reduced) * 32 <= Tile::kStageBytes);
@@ -371,7 +379,7 @@ PREACT_DEVICE void conv_warpgroups(const GroupTiling& t, Source source, const We
   } else {
     give_registers<Tile::kOtherRegisters>();
     if (warp < Tile::kWarps + Tile::kSourceWarps)
-      fill_windows<T, Tile>(work, source, thread - 32 * Tile::kWarps);
+      fill_windows<T, Tile>(work, source, warp - Tile::kWarps);
     else
       fill_weights<T, kDgrad, Tile>(work, weight,
                                     thread - 32 * (Tile::kWarps + Tile::kSourceWarps));

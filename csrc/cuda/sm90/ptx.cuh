@@ -70,6 +70,9 @@ PREACT_DEVICE int warp_number() {
   return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
 }
 
+// What lane `lane` % 32 has; all lanes of the warp have to ask.
+PREACT_DEVICE int of_lane(int value, int lane) { return __shfl_sync(0xffffffff, value, lane); }
+
 // --- registers -----------------------------------------------------------------------------------
 
 // How many registers each thread of this warpgroup has from here on, a multiple of 8.

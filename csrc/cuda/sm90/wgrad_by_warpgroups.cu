@@ -2,39 +2,32 @@
 //   dW[k, c, r, s] = sum over pixels of dy[p, k] * h[p at tap (r, s), c],
 //   dy = scale' * g' + B' * (u' - mean') + C' of the layer above, h = act(scale * (u - mean) +
 //   shift).
-// Reads g', u' [M, K] once for each 64 or 128 input channels, u [M, C] once for each 64 or 128
+// Reads g', u' [M, K] once for each 64 or 128 input channels, u [M, C] once for each 64 to 256
 // output channels with the halo of its tiles (from the cache after the first), writes `splits`
 // partial results of K*C*R*S floats. FLOPs 2*M*K*C*R*S.
 //
 // The products sum over positions of the line, where dy is zero wherever there is no pixel: a tap
 // of h is the same window, begun elsewhere. A warpgroup has a row of a 3x3 kernel, its three taps
-// of 64 outputs by 64 inputs; or of a 1x1 64 outputs by 128 inputs. The other warps fill windows of
-// both operands. add_splits() adds the splits up, in a fixed order.
+// of 64 outputs by 64 inputs; or of a 1x1 64 outputs by 128 inputs. While the products of a tile
+// are under way, which take no instructions, all threads fill the windows of the next one.
+// add_splits() adds the splits up, in a fixed order.
 #include "choose.cuh"
 
 namespace preact::cuda {
 namespace {
 
 // kDown times 64 outputs by kInputs inputs, for kTaps taps in each of kTaps rows of the kernel;
-// windows of kPositions. kRegisters are those of a thread that multiplies and of one that does not.
-template <int kDown_, int kTaps_, int kInputs_, int kPositions_, int kFillers_, int kRegisters_,
-          int kOtherRegisters_>
+// windows of kPositions.
+template <int kDown, int kTaps_, int kInputs_, int kPositions_>
 struct WgradGroups {
   static constexpr int kTaps = kTaps_, kInputs = kInputs_, kPositions = kPositions_;
-  static constexpr int kOutputs = kDown_ * kProductRows, kGroups = kDown_ * kTaps;
-  static constexpr int kMultipliers = kGroups * kWarpgroup, kFillers = kFillers_;  // threads
-  static constexpr int kThreads = kMultipliers + kFillers;
-  static constexpr int kRegisters = kRegisters_, kOtherRegisters = kOtherRegisters_;
-  static_assert(registers_suffice(kThreads, 1, kMultipliers, kRegisters, kOtherRegisters));
+  static constexpr int kOutputs = kDown * kProductRows, kThreads = kDown * kTaps * kWarpgroup;
 };
-using RowGroups = WgradGroups<1, 3, 64, 256, 128, 136, 104>;
-using PointGroups = WgradGroups<2, 1, 128, 128, 256, 136, 120>;
+using RowWgrad = WgradGroups<1, 3, 64, 256>;
+using PointWgrad = WgradGroups<2, 1, 128, 128>;
+using WidePointWgrad = WgradGroups<4, 1, 128, 128>;
 
 constexpr int kWgradSlots = 2;
-struct WgradBarriers {
-  Barrier full[kWgradSlots], empty[kWgradSlots];
-};
-constexpr int kWgradBarrierBytes = 128;
 
 struct WgradLine {
   Line line;
@@ -52,66 +45,48 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   // As the host has made sure; known here, it spares the code of single numbers.
   grad.channels.vectors = input.channels.vectors = true;
   constexpr int kTaps = Tile::kTaps;
-  WgradBarriers& barriers = *reinterpret_cast<WgradBarriers*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x), warp = warp_number();
-  if (thread == 0)
-    for (int i = 0; i < kWgradSlots; ++i) {
-      barrier_begin(&barriers.full[i], Tile::kFillers / 32);
-      barrier_begin(&barriers.empty[i], Tile::kMultipliers / 32);
-    }
-  __syncthreads();
   const int tiles_across = (t.inputs + Tile::kInputs - 1) / Tile::kInputs;
   const int first_output = static_cast<int>(blockIdx.y) / tiles_across * Tile::kOutputs;
   const int first_input = static_cast<int>(blockIdx.y) % tiles_across * Tile::kInputs;
-  const int split = static_cast<int>(blockIdx.x);
-  const auto window_at = [&](int slot) {
-    return shared_memory() + kWgradBarrierBytes + slot * t.slot;
+  const int split = static_cast<int>(blockIdx.x), halo = t.line.halo();
+  const LineDivisors by(t.line);
+  // Warps that have one share more of dy have one less of h.
+  const int from_behind = Tile::kThreads / 32 - 1 - warp;
+  const auto fill = [&](int tile, unsigned char* window) {
+    const int first = tile * Tile::kPositions;
+    fill_window<T, Tile::kThreads / 32, 1>(grad, Run(t.line, first), by, Tile::kPositions,
+                                           first_output, t.output_pieces, 0, window, t.grad_plane,
+                                           warp);
+    fill_window<T, Tile::kThreads / 32, 4>(input, Run(t.line, first - halo), by,
+                                           Tile::kPositions + 2 * halo, first_input, t.input_pieces,
+                                           0, window + t.input_at, t.input_plane, from_behind);
   };
-  Ring ring;
 
-  if (warp >= Tile::kMultipliers / 32) {
-    give_registers<Tile::kOtherRegisters>();
-    const LineDivisors by(t.line);
-    for (int tile = split; tile < t.tiles; tile += t.splits, ring.advance(kWgradSlots)) {
-      barrier_wait(&barriers.empty[ring.slot], ring.phase ^ 1);
-      unsigned char* const window = window_at(ring.slot);
-      const int mine = thread - Tile::kMultipliers, first = tile * Tile::kPositions;
-      fill_window<T, Tile::kFillers>(grad, Run(t.line, first), by, Tile::kPositions, first_output,
-                                     t.output_pieces, 0, window, t.grad_plane, mine);
-      const int halo = t.line.halo();
-      fill_window<T, Tile::kFillers>(input, Run(t.line, first - halo), by,
-                                     Tile::kPositions + 2 * halo, first_input, t.input_pieces, 0,
-                                     window + t.input_at, t.input_plane, mine);
-      warp_arrives(&barriers.full[ring.slot]);
-    }
-    return;
-  }
-
-  take_registers<Tile::kRegisters>();
   const int group = warp / 4, row = group % kTaps;  // of the kernel
   const int group_output = group / kTaps * kProductRows;
   float sums[kTaps][Tile::kInputs / 2] = {};
-  Barrier* before = nullptr;
-  for (int tile = split; tile < t.tiles; tile += t.splits, ring.advance(kWgradSlots)) {
-    barrier_wait(&barriers.full[ring.slot], ring.phase);
-    const unsigned char* const window = window_at(ring.slot);
+  unsigned char *window = shared_memory(), *next = window + t.slot;
+  if (split < t.tiles) fill(split, window);
+  for (int tile = split; tile < t.tiles; tile += t.splits) {
+    __syncthreads();  // the window is filled, and the products of the one before are done
     const Operand dy(window + group_output / kPiece * t.grad_plane, kCore, t.grad_plane);
-    const Operand h(window + t.input_at + (t.line.halo() + t.line.tap(row, 0)) * kCoreRow, kCore,
+    const Operand h(window + t.input_at + (halo + t.line.tap(row, 0)) * kCoreRow, kCore,
                     t.input_plane);
-#pragma unroll 1
-    for (int p = 0; p < Tile::kPositions; p += kProductDepth) {
-      products_begin();
+    products_begin();
+#pragma unroll
+    for (int p = 0; p < Tile::kPositions; p += kProductDepth)
 #pragma unroll
       for (int s = 0; s < kTaps; ++s)
         warpgroup_multiply<true, true>(sums[s], dy.moved(p * kCoreRow), h.moved((p + s) * kCoreRow),
                                        true, T{});
-    }
     products_commit();
-    products_wait<1>();
-    if (before) warp_arrives(before);
-    before = &barriers.empty[ring.slot];
+    if (tile + t.splits < t.tiles) fill(tile + t.splits, next);
+    products_wait<0>();
+    unsigned char* const filled = next;
+    next = window;
+    window = filled;
   }
-  products_wait<0>();
 
   const int lane = thread % 32;
 #pragma unroll
@@ -151,7 +126,7 @@ WgradLine wgrad_line(const ConvShape& s) {
   t.input_plane = plane_bytes(Tile::kPositions + 2 * t.line.halo(), t.input_pieces);
   t.input_at = t.grad_plane * (Tile::kOutputs / kPiece);
   t.slot = t.input_at + t.input_plane * (Tile::kInputs / kPiece);
-  t.shared_bytes = kWgradBarrierBytes + int64_t{kWgradSlots} * t.slot;
+  t.shared_bytes = int64_t{kWgradSlots} * t.slot;
   return t;
 }
 
@@ -195,11 +170,13 @@ bool wgrad_by_warpgroups(const CudaRuntime& runtime, const PreactConvWgrad& op) 
   if (!channels_of(s.input.channels, {op.input, op.affine}).vectors ||
       !Gradient<bf16>(op.grad, s.output).channels.vectors)
     return false;
-  if (s.kernel_height == 1) return run<PointGroups>(runtime, op);
+  if (s.kernel_height == 1)
+    return s.output.channels > PointWgrad::kOutputs ? run<WidePointWgrad>(runtime, op)
+                                                    : run<PointWgrad>(runtime, op);
   // Of few channels most of a product would be left unused.
   constexpr int kFew = 32;
   const bool few = s.input.channels <= kFew && s.output.channels <= kFew;
-  return s.kernel_height == RowGroups::kTaps && !few && run<RowGroups>(runtime, op);
+  return s.kernel_height == RowWgrad::kTaps && !few && run<RowWgrad>(runtime, op);
 }
 
 }  // namespace preact::cuda

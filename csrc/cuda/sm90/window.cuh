@@ -37,44 +37,60 @@ inline int plane_bytes(int64_t rows, int pieces) {
 
 // Fills a window, `count` positions of a run and `pieces` planes of channels from `first_channel`
 // on, with what source makes of them, zeros where there is none. Of the planes beyond the last
-// channel those below `live` are zeros, and the rest is left. By kThreads threads, of which this is
-// one.
-template <typename T, int kThreads, class Source>
+// channel those below `live` are zeros, and the rest is left. By kWarps warps, of which this is
+// one; a thread has kAtOnce pieces on their way.
+template <typename T, int kWarps, int kAtOnce, class Source>
 PREACT_DEVICE void fill_window(const Source& source, const Run& run, const LineDivisors& by,
                                int count, int first_channel, int pieces, int live,
-                               unsigned char* window, int plane, int thread) {
-  constexpr int kAtOnce = Source::kTwo ? 2 : 4;  // pieces that are on their way
-  const int piece = thread % pieces, first = thread / pieces, step = kThreads / pieces;
-  const int64_t channels = source.channels.count;
+                               unsigned char* window, int plane, int warp) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int piece = lane % pieces, my_row = lane / pieces, rows = 32 / pieces;
+  // Positions of which a warp's lanes find out, each of one, where its pixel is: more spare work,
+  // fewer leave none of the warps idle.
+  const int fewest = count >= 16 * kWarps ? 16 : 8;
+  const int positions = kAtOnce * rows < fewest ? fewest
+                        : kAtOnce * rows > 32   ? 32
+                                                : kAtOnce * rows;
   const int channel = first_channel + piece * kPiece;
+  const bool has_channels = channel < source.channels.count;
+  const bool written = has_channels || piece < live;
+  const uint32_t pixel_bytes = static_cast<uint32_t>(source.channels.count * sizeof(T));
+  const auto load = [&](const T* from, int pixel) {
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(from + channel);
+    return load_raw_piece(
+        reinterpret_cast<const T*>(bytes + uint64_t{pixel_bytes} * static_cast<uint32_t>(pixel)),
+        kPiece, true);
+  };
   Bytes16* const to = reinterpret_cast<Bytes16*>(window + piece * plane);
   const auto each = [&](const auto& function) {
 #pragma unroll 1
-    for (int w = first; w < count; w += kAtOnce * step) {
-      RawPiece<T> v[kAtOnce], u[kAtOnce];
-      bool there[kAtOnce];
+    for (int w = warp * positions; w < count; w += kWarps * positions) {
+      const int left = count - w < positions ? count - w : positions;
+      const int of_mine = run.pixel(w + lane, by);
+#pragma unroll 1
+      for (int first = 0; first < left; first += kAtOnce * rows) {
+        const int row = first + my_row;
+        RawPiece<T> v[kAtOnce], u[kAtOnce];
+        int pixels[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int at = w + j * step;
-        const int pixel = at < count ? run.pixel(at, by) : -1;
-        there[j] = pixel >= 0;
-        if (!there[j]) continue;
-        const int64_t offset = pixel * channels + channel;
-        v[j] = load_raw_piece(source.first + offset, kPiece, true);
-        if constexpr (Source::kTwo)
-          if (source.output) u[j] = load_raw_piece(source.output + offset, kPiece, true);
-      }
+        for (int j = 0; j < kAtOnce; ++j) pixels[j] = of_lane(of_mine, row + j * rows);
+        bool there[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int at = w + j * step;
-        if (at < count) store_operand(to + at, there[j] ? function(v[j], u[j]) : Bytes16{});
+        for (int j = 0; j < kAtOnce; ++j) {
+          there[j] = has_channels && pixels[j] >= 0 && row + j * rows < left;
+          if (!there[j]) continue;
+          v[j] = load(source.first, pixels[j]);
+          if constexpr (Source::kTwo)
+            if (source.output) u[j] = load(source.output, pixels[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          if (written && row + j * rows < left)
+            store_operand(to + w + row + j * rows, there[j] ? function(v[j], u[j]) : Bytes16{});
       }
     }
   };
-  if (channel >= channels) {
-    if (piece < live)
-      for (int w = first; w < count; w += step) store_operand(to + w, Bytes16{});
-  } else if (source.plain()) {
+  if (source.plain()) {
     each([](const RawPiece<T>& v, const RawPiece<T>&) { return v.part[0]; });
   } else {
     source.with_function(channel, [&](const auto& function) {
@@ -82,8 +98,7 @@ PREACT_DEVICE void fill_window(const Source& source, const Run& run, const LineD
         Piece v, u{};
         raw.widen(v);
         if constexpr (Source::kTwo) raw_output.widen(u);
-        function(v, u);
-        return narrow_piece<T>(v);
+        return function(v, u).part[0];
       });
     });
   }
