@@ -1,6 +1,7 @@
 """The kernels of csrc/cuda/sm90, without a GPU: results, who takes what, and faults that show."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ SHAPES = [
     Shape(2, 64, 1, 1, 48, (3, 3), padding=PAD),  # images of one pixel
     Shape(1, 40, 16, 16, 24, (3, 3), padding=PAD),
     Shape(5, 48, 4, 4, 40, (3, 3), padding=PAD),  # several images a tile
+    Shape(2, 64, 12, 13, 64, (3, 3), padding=PAD),  # the tall tile
     Shape(2, 128, 12, 13, 128, (3, 3), padding=PAD),  # the wide tile, weights in a ring
     Shape(3, 256, 9, 9, 256, (1, 1)),
     Shape(1, 320, 9, 9, 320, (1, 1)),  # the wide tile three times, the last half of it
@@ -57,6 +59,20 @@ def results(operators, name: str, arguments: tuple) -> dict[str, torch.Tensor]:
     return dict(zip(NAMES[name], found, strict=True))
 
 
+def test_shapes_meet_every_tile(emulator):
+    tiles = {name: set() for name in NAMES}
+    for shape in SHAPES:
+        for name, arguments in calls(shape, torch.bfloat16, False).items():
+            with emulator.recording(*DEVICE, warpgroups=True) as launches:
+                getattr(emulator.operators, name)(*arguments)
+            tile = re.search(r"Groups?(?:Tile)?<([\d, ]+)", launches[0].kernel)
+            tiles[name] |= {tile[1]} if tile else set()
+    of_conv = {"1, 64, 3, 1, 2, 88, 64", "2, 64, 6, 2, 1, 184, 72"}
+    of_conv |= {"2, 128, 6, 2, 1, 184, 72", "1, 128, 10, 2, 1, 120, 80"}
+    of_wgrad = {"1, 3, 64, 256", "2, 1, 128, 128", "4, 1, 128, 128"}
+    assert tiles == dict(zip(NAMES, (of_conv, of_conv, of_wgrad), strict=True))
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "bare"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,7 +97,7 @@ def test_convolutions_match_reference(emulator, shape, dtype, whole):
 
 def test_frozen_statistics_match_reference(emulator):
     """BatchNorm's backward pass with frozen statistics ends in dgrad's epilogue."""
-    for shape in (SHAPES[5], SHAPES[8]):
+    for shape in (SHAPES[5], SHAPES[9]):
         arguments = calls(shape, torch.bfloat16, True)["preact_conv_dgrad"]
         residual = torch.randn_like(arguments[5])
         arguments = (*arguments[:7], None, *arguments[8:])
@@ -120,7 +136,7 @@ def test_other_convolutions_take_other_kernels(emulator, shape, dtype, activatio
 
 def test_they_have_to_be_asked_for(emulator):
     """Until a GPU has run them."""
-    for name, arguments in calls(SHAPES[8], torch.bfloat16, True).items():
+    for name, arguments in calls(SHAPES[9], torch.bfloat16, True).items():
         with emulator.recording(*DEVICE) as launches:
             getattr(emulator.operators, name)(*arguments)
         assert kernels_of(launches)[0] == name
@@ -158,22 +174,23 @@ def test_convolutions_touch_what_their_heads_say(emulator, kernel):
     calls, gap = layer.calls(), kernel // 2
     size = layer.u.shape[-1]
     halo = gap * (size + gap) + gap
+    tile = 256 if gap else 128
 
     def windows(tile: int, halo: int) -> float:
         return pixels_of_windows(tile, halo, size, gap) / (2 * size * size)
 
     results, counts, grid = counted(emulator, "preact_conv_forward", calls["preact_conv_forward"])
-    reads = {layer.u: windows(128, halo), layer.residual: 1, layer.weight: grid[0]}
+    reads = {layer.u: windows(tile, halo), layer.residual: 1, layer.weight: grid[0]}
     hold(counts, reads, [layer.affine], results, scratch_of_moments(grid[0]))
 
     results, counts, grid = counted(emulator, "preact_conv_dgrad", calls["preact_conv_dgrad"])
-    both = dict.fromkeys((layer.g, layer.y), windows(128, halo))
+    both = dict.fromkeys((layer.g, layer.y), windows(tile, halo))
     reads = {**both, layer.u: 1, layer.addend: 1, layer.weight: grid[0]}
     vectors = [layer.affine, layer.y_affine, layer.y_sums]
     hold(counts, reads, vectors, results, scratch_of_sums(grid[0]))
 
     results, counts, grid = counted(emulator, "preact_conv_wgrad", calls["preact_conv_wgrad"])
-    reads = {layer.g: 1, layer.y: 1, layer.u: windows(256 if gap else 128, halo)}
+    reads = {layer.g: 1, layer.y: 1, layer.u: windows(tile, halo)}
     scratch = grid[0] * 4 * layer.weight.numel()
     hold(counts, reads, vectors, results, (scratch, scratch))
 
@@ -277,7 +294,7 @@ def test_arrival_that_never_comes_is_named(emulator, tmp_path):
     cuda = broken(tmp_path, kernel, before, "", "sm90/conv_warpgroups.cuh")
     library = build(tmp_path / "build", "preact_vain", cuda=cuda, reuse=emulator.library.parent)
     wrong = Emulator(library, "preact_vain")
-    arguments = calls(SHAPES[8], torch.bfloat16, True)["preact_conv_forward"]
+    arguments = calls(SHAPES[9], torch.bfloat16, True)["preact_conv_forward"]
     with (
         wrong.device(*DEVICE, warpgroups=True),
         pytest.raises(RuntimeError, match=r"preact_conv_forward.*threads wait for in vain"),

@@ -21,9 +21,9 @@ inline bool warpgroups_can(const CudaRuntime& runtime, Dtype dtype, Activation a
          (!has_gaps || std::max(s.input.height, s.input.width) < kMostPitch);
 }
 
-// Calls run.operator()<T, Tile>(tiling): the wide tile where at most a fifth of its channels are
-// left over and it fills the device, else the slim one. Returns whether the tile fits into the
-// device's shared memory.
+// Calls run.operator()<T, Tile>(tiling): a tile of 128 channels where not too many of them are left
+// over and the tiles fill the device, else one of 64; with twice the positions where shared memory
+// has no room for two blocks. Returns whether the tile fits into the device's shared memory.
 template <bool kDgrad, class Op, typename F>
 bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_channels,
                        int64_t result_channels, const F& run) {
@@ -37,13 +37,24 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
       run.template operator()<f16, Tile>(tiling);
     return true;
   };
+  // By tiles of 256 positions.
+  const auto fills_device = [&](int64_t across) {
+    const int64_t tiles = ceil_div(positions_of(s), WideGroups::kPixels) * across;
+    return tiles >= multiprocessors(runtime.device);
+  };
   const int64_t across = ceil_div(result_channels, WideGroups::kChannels);
-  const bool fits = 5 * (across * WideGroups::kChannels - result_channels) <= 3 * result_channels;
-  const int64_t tiles = ceil_div(positions_of(s), WideGroups::kPixels) * across;
-  if (fits && tiles >= multiprocessors(runtime.device))
+  const bool few_left =
+      5 * (across * WideGroups::kChannels - result_channels) <= 3 * result_channels;
+  if (few_left && fills_device(across))
     if (s.kernel_height == 1 ? with_tile.template operator()<PointGroups>()
                              : with_tile.template operator()<WideGroups>())
       return true;
+  const int64_t slim =
+      tile_line<kDgrad, SlimGroups>(s, source_channels, result_channels).shared.total;
+  if (2 * slim > most_shared_bytes(runtime.device) &&
+      fills_device(ceil_div(result_channels, TallGroups::kChannels)) &&
+      with_tile.template operator()<TallGroups>())
+    return true;
   return with_tile.template operator()<SlimGroups>();
 }
 

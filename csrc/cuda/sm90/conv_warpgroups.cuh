@@ -48,6 +48,7 @@ struct GroupTile {
       static_cast<int64_t>(sizeof(float));
 };
 using SlimGroups = GroupTile<1, 64, 3, 1, 2, 88, 64>;
+using TallGroups = GroupTile<2, 64, 6, 2, 1, 184, 72>;
 using WideGroups = GroupTile<2, 128, 6, 2, 1, 184, 72>;
 using PointGroups = GroupTile<1, 128, 10, 2, 1, 120, 80>;
 
@@ -236,7 +237,7 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
                                   int column) {
   constexpr int kBlocks = Tile::kBlocks, kSums = Tile::kChannels / 2;
   // Rows that are read at once, where registers are left for it.
-  constexpr int kReads = kDgrad || kBlocks > 1 ? 1 : 2;
+  constexpr int kReads = kDgrad || kBlocks * Tile::kChannels > 128 ? 1 : 2;
   constexpr int kHalves = Tile::kStageRows / 8;  // of 16 rows of the sums, at once in the stage
   const GroupTiling& t = work.t;
   const int warp = warp_number(), lane = static_cast<int>(threadIdx.x) % 32;
