@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave bus
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 
 import fused_preact
 from fused_preact import _C, ops
@@ -124,5 +125,13 @@ def emulator(tmp_path_factory):
     from cuda_emulator.emulator import Emulator
 
     given, name = os.environ.get("PREACT_EMULATOR"), "fused_preact_emulator"
-    library = Path(given) if given else build(tmp_path_factory.mktemp("emulator"), name)
+    if given:
+        return Emulator(Path(given), name)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # the first process that wants it builds it for all
+    with FileLock(shared / "emulator.lock"):
+        library = shared / "emulator" / f"{name}.so"
+        if not library.exists():
+            build(library.parent, name)
     return Emulator(library, name)

@@ -1,12 +1,16 @@
 """Shapes and data for each operator: small and odd, so that every edge of a tile is met."""
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from operands import operands
 from torch import Tensor
 
 from fused_preact import reference
+
+SANITIZED = "PREACT_EMULATOR" in os.environ  # run once more, by test_sanitizers
 
 
 class Shape(NamedTuple):
@@ -40,6 +44,18 @@ SHAPES = [
     Shape(3, 40, 7, 9, 72, (3, 3), (2, 2), (1, 1, 1, 1)),
     Shape(4, 8, 8, 8, 128, (3, 3), padding=(1, 1, 1, 1)),
     Shape(2, 128, 11, 13, 8, (3, 3), (2, 2), (1, 1, 1, 1)),
+]
+# Of both gradients of a 1x1: both tiles; one and two groups of input channels, the last one
+# narrower; spans that are no power of two; fewer pixels than a tile has, and a last tile with some.
+POINTWISE = [
+    Shape(2, 16, 1, 1, 16, (1, 1)),
+    Shape(2, 64, 9, 8, 16, (1, 1)),
+    Shape(2, 16, 8, 8, 64, (1, 1)),
+    Shape(3, 32, 7, 7, 128, (1, 1)),
+    Shape(1, 208, 3, 5, 48, (1, 1)),
+    Shape(2, 48, 9, 5, 160, (1, 1)),
+    Shape(1, 256, 6, 7, 64, (1, 1)),
+    Shape(2, 64, 5, 7, 256, (1, 1)),
 ]
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -139,3 +155,32 @@ def run(
         results |= {name: activations}
         results |= {f"{name} ({i})": vectors for i, vectors in enumerate(reduced)}
     return results
+
+
+# Results of the convolutions' operators.
+NAMES = {
+    "preact_conv_forward": ("output", "stats", "affine"),
+    "preact_conv_dgrad": ("g", "sums"),
+    "preact_conv_wgrad": ("dweight",),
+}
+
+
+def calls(shape: Shape, dtype: torch.dtype, whole: bool) -> dict[str, tuple]:
+    """The arguments of each convolution's operator; whole: with all that is optional."""
+    images = (shape.images, shape.channels, shape.height, shape.width)
+    conv = (shape.filters, shape.kernel, shape.stride, shape.padding)
+    o = operands(dtype, images, conv, deferred=whole)
+    affine, residual, addend = (o.affine, o.residual, o.addend) if whole else (None, None, None)
+    weight = o.weight.contiguous(memory_format=torch.channels_last)
+    dy = (o.grad, *o.deferred)
+    return {
+        "preact_conv_forward": (o.input, affine, weight, residual, *o.geometry, "relu", whole),
+        "preact_conv_dgrad": (*dy, weight, o.input, affine, addend, *o.geometry, "relu", whole),
+        "preact_conv_wgrad": (*dy, o.input, affine, shape.kernel, *o.geometry, "relu"),
+    }
+
+
+def results(operators, name: str, arguments: tuple) -> dict[str, torch.Tensor]:
+    found = getattr(operators, name)(*arguments)
+    found = found if isinstance(found, tuple | list) else (found,)
+    return dict(zip(NAMES[name], found, strict=True))

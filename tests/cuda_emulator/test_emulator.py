@@ -1,19 +1,21 @@
-"""Every CUDA kernel on small odd shapes, without a GPU, and what the emulator finds wrong."""
+"""Every CUDA kernel on small odd shapes, without a GPU."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulator.build import broken, build
-from cuda_emulator.cases import SHAPES, TOLERANCES, Shape, run
-from cuda_emulator.emulator import Emulator
+from cuda_emulator.cases import (
+    POINTWISE,
+    SANITIZED,
+    SHAPES,
+    TOLERANCES,
+    Shape,
+    calls,
+    results,
+    run,
+)
 from numerics import assert_rule, make_case, tf32
 from operands import calls_with, operands, units_operands
 from torch import Tensor
@@ -21,7 +23,6 @@ from torch import Tensor
 from fused_preact import ops, reference
 from fused_preact.units import Chain
 
-SANITIZED = "PREACT_EMULATOR" in os.environ  # this very file again, by test_sanitizers
 # float16's code is bfloat16's but for two conversions: sanitizers, which are slow, see one of them.
 SIXTEEN_BITS = [torch.bfloat16] if SANITIZED else [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *SIXTEEN_BITS]
@@ -46,20 +47,6 @@ def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch
         scale = true.abs().max().float().clamp_min(1e-3)
         error = (ours[name].float() - true.float()).abs().max() / scale
         assert error <= TOLERANCES[dtype], f"{name}: {error:.3g}"
-
-
-# Both tiles; one and two groups of input channels, the last one narrower; spans that are no power
-# of two; fewer pixels than a tile has, and a last tile with some.
-POINTWISE = [
-    Shape(2, 16, 1, 1, 16, (1, 1)),
-    Shape(2, 64, 9, 8, 16, (1, 1)),
-    Shape(2, 16, 8, 8, 64, (1, 1)),
-    Shape(3, 32, 7, 7, 128, (1, 1)),
-    Shape(1, 208, 3, 5, 48, (1, 1)),
-    Shape(2, 48, 9, 5, 160, (1, 1)),
-    Shape(1, 256, 6, 7, 64, (1, 1)),
-    Shape(2, 64, 5, 7, 256, (1, 1)),
-]
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
@@ -401,164 +388,6 @@ def test_checks_name_the_argument(emulator):
         op.bn_stats(u.double())
 
 
-# --- what it finds -------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(SANITIZED, reason="builds by itself")
-@pytest.mark.parametrize(
-    ("kernel", "before", "shape", "dweight"),
-    [
-        ("preact_conv_wgrad", "  __syncthreads();\n    }\n", SHAPES[4], "preact_conv_wgrad"),
-        (
-            *("preact_conv_backward", "  __syncthreads();\n    fetch(tile"),
-            *(POINTWISE[3], "preact_conv_backward (1)"),
-        ),
-    ],
-)
-def test_missing_barrier_is_found(emulator, tmp_path, kernel, before, shape, dweight):
-    """A weight gradient without the barrier between the prologue and the multiplication."""
-    cuda = broken(tmp_path, f"{kernel}.cu", before, before.replace("__syncthreads();", ""))
-    namespace = f"{kernel}_race"
-    library = build(
-        tmp_path / "build", namespace, cuda=cuda, reuse=emulator.library.parent, optimise="-O0"
-    )
-    racy = Emulator(library, namespace)
-    truth = run(reference, shape, torch.bfloat16, "relu", True)[dweight]
-    found = run(racy.operators, shape, torch.bfloat16, "relu", True)[dweight]
-    assert not torch.allclose(found, truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
-
-
-@pytest.mark.skipif(SANITIZED, reason="builds by itself")
-@pytest.mark.parametrize(
-    ("kernel", "file", "shape", "result"),
-    [
-        ("preact_conv_forward", "conv_tiles.cuh", SHAPES[4], "preact_conv_forward"),
-        ("preact_conv_wgrad", "preact_conv_wgrad.cu", SHAPES[4], "preact_conv_wgrad"),
-        (
-            "preact_conv_backward",
-            "preact_conv_backward.cu",
-            POINTWISE[3],
-            "preact_conv_backward (1)",
-        ),
-    ],
-)
-def test_too_weak_a_wait_is_found(emulator, tmp_path, kernel, file, shape, result):
-    """Copies that are not waited for are not there: each step waits for those of the one before."""
-    before = "copies_wait(tiling.stages - 2)"
-    cuda = broken(tmp_path, f"{kernel}.cu", before, before.replace("2", "1"), file)
-    name = f"preact_weak_{kernel}"
-    library = build(
-        tmp_path / "build", name, cuda=cuda, reuse=emulator.library.parent, optimise="-O0"
-    )
-    truth = run(reference, shape, torch.bfloat16, "relu", True)[result]
-    found = run(Emulator(library, name).operators, shape, torch.bfloat16, "relu", True)[result]
-    assert not torch.allclose(found, truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
-
-
-@pytest.mark.skipif(SANITIZED, reason="builds by itself")
-def test_missing_barrier_of_a_warp_is_found(emulator, tmp_path):
-    """The epilogue that reads the stage before the other lanes have written their part."""
-    before = "      __syncwarp();\n      if (m == 0)"
-    cuda = broken(tmp_path, "preact_conv_forward.cu", before, "      if (m == 0)", "conv_tiles.cuh")
-    library = build(
-        tmp_path / "build", "preact_warp", cuda=cuda, reuse=emulator.library.parent, optimise="-O0"
-    )
-    shape = SHAPES[4]
-    truth = run(reference, shape, torch.bfloat16, "relu", True)["preact_conv_forward"]
-    operators = Emulator(library, "preact_warp").operators
-    found = run(operators, shape, torch.bfloat16, "relu", True)["preact_conv_forward"]
-    assert not torch.allclose(found, truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
-
-
-@pytest.mark.skipif(SANITIZED, reason="builds by itself")
-def test_barrier_that_not_every_thread_reaches_is_named(emulator, tmp_path):
-    before = "  const Affine bn(affine, p.channels, me.channel);\n"
-    after = before + "  if (threadIdx.x < 7) __syncthreads();\n"
-    cuda = broken(tmp_path, "bn_relu_forward.cu", before, after)
-    library = build(
-        tmp_path / "build", "preact_divergent", cuda=cuda, reuse=emulator.library.parent
-    )
-    divergent = Emulator(library, "preact_divergent").operators
-    with pytest.raises(
-        RuntimeError, match=r"bn_relu_forward.*barrier that 7 of 256 threads reached"
-    ):
-        divergent.bn_relu_forward(torch.zeros(1, 8, 4, 4), torch.zeros(4, 8), "relu")
-
-
-# --- sanitizers ----------------------------------------------------------------------------------
-
-
-def sanitized_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Python under AddressSanitizer, which must be there before anything else."""
-    asan = subprocess.run(
-        [*os.environ.get("CXX", "c++").split(), "-print-file-name=libasan.so"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    stdcpp = asan.replace("libasan", "libstdc++")
-    preload = f"{asan} {stdcpp}" if Path(stdcpp).exists() else asan
-    options = {
-        "LD_PRELOAD": preload,
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **options, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sanitized")
-    return build(folder, "fused_preact_emulator", sanitize=True, optimise="-Og")
-
-
-@pytest.mark.skipif(SANITIZED or not sys.platform.startswith("linux"), reason="runs itself")
-def test_sanitizers_find_nothing(sanitized):
-    """The operator tests of this file, and of warpgroups, under AddressSanitizer and UBSan."""
-    warpgroups = str(Path(__file__).with_name("test_warpgroups.py"))
-
-    def run(part: tuple[str, str]) -> subprocess.CompletedProcess:
-        arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", part[0], "-k", part[1]]
-        return sanitized_python(*arguments, PREACT_EMULATOR=str(sanitized))
-
-    parts = [
-        (__file__, "reference or stages"),
-        (__file__, "not (reference or stages)"),
-        (warpgroups, "reference and bfloat16 and whole"),
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(run, parts):
-            assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-            assert re.search(r"\d{2,} passed", result.stdout), result.stdout
-
-
-@pytest.mark.skipif(SANITIZED or not sys.platform.startswith("linux"), reason="builds by itself")
-def test_out_of_bounds_write_is_found(sanitized, tmp_path):
-    """bn_stats that writes one variance too far."""
-    before = "store(stats + p.channels.count + c, total"
-    cuda = broken(tmp_path, "bn_stats.cu", before, before.replace(" + c", " + c + 1"))
-    library = build(
-        tmp_path / "build",
-        "preact_overrun",
-        cuda=cuda,
-        sanitize=True,
-        reuse=sanitized.parent,
-        optimise="-O0",
-    )
-    script = (
-        "import torch, sys; torch.ops.load_library(sys.argv[1]);"
-        "torch.ops.preact_overrun.bn_stats(torch.zeros(1, 16, 4, 4))"
-    )
-    result = sanitized_python("-c", script, str(library))
-    assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr and "WRITE of size 4" in result.stderr
-
-
 def conv_tile(launch):
     """Pixels and channels of a block of forward or dgrad."""
     pixels, across, _ = map(int, re.search(r"ConvTile<([\d, ]+)>", launch.kernel)[1].split(","))
@@ -618,19 +447,18 @@ def test_large_tiles(emulator, shape, kernel, tile, dtype):
 
     520 source channels: the weights do not stay.
     """
-    truth = run(reference, shape, dtype, "relu", True)
-    results = []
+    arguments = calls(shape, dtype, True)[kernel]
     with emulator.recording(2, 227 * 1024) as launches:
-        run(emulator.operators, shape, dtype, "relu", True)
-    tiles = [conv_tile(launch) for launch in launches if launch.kernel.startswith(kernel)]
-    assert tiles and all(one == tile for one in tiles)
+        getattr(emulator.operators, kernel)(*arguments)
+    assert conv_tile(launches[0]) == tile
     with emulator.device(2, 227 * 1024):
-        for seed in range(2):
-            emulator.seed(seed)
-            results.append(run(emulator.operators, shape, dtype, "relu", True))
-    assert_close(results[0], truth, dtype)
-    for name, first in results[0].items():
-        assert torch.equal(first, results[1][name]), name
+        emulator.seed(0)
+        ours = results(emulator.operators, kernel, arguments)
+        emulator.seed(1)
+        again = results(emulator.operators, kernel, arguments)
+    assert_close(ours, results(reference, kernel, arguments), dtype)
+    for name, first in ours.items():
+        assert torch.equal(first, again[name]), name
 
 
 def test_larger_tiles_of_wgrad_give_no_multiprocessor_more(emulator):

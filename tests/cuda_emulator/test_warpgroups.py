@@ -1,20 +1,17 @@
 """The kernels of csrc/cuda/sm90, without a GPU: results, who takes what, and faults that show."""
 
-import os
 import re
 
 import pytest
 import torch
 from cuda_emulator.build import broken, build
-from cuda_emulator.cases import Shape
+from cuda_emulator.cases import NAMES, SANITIZED, Shape, calls, results
 from cuda_emulator.emulator import READ, SHARED_READ, Emulator
 from cuda_emulator.test_emulator import assert_close, kernels_of
 from cuda_emulator.test_memory import Layer, hold, scratch_of_moments, scratch_of_sums, waste
-from operands import operands
 
 from fused_preact import reference
 
-SANITIZED = "PREACT_EMULATOR" in os.environ  # by test_emulator.test_sanitizers_find_nothing
 DEVICE = (1, 227 * 1024)  # one multiprocessor, so that blocks have several tiles
 PAD = (1, 1, 1, 1)
 SHAPES = [
@@ -31,32 +28,6 @@ SHAPES = [
     Shape(1, 320, 9, 9, 320, (1, 1)),  # the wide tile three times, the last half of it
     Shape(1, 32, 3, 70, 64, (3, 3), padding=PAD),  # rows longer than a piece of a tile
 ]
-NAMES = {
-    "preact_conv_forward": ("output", "stats", "affine"),
-    "preact_conv_dgrad": ("g", "sums"),
-    "preact_conv_wgrad": ("dweight",),
-}
-
-
-def calls(shape: Shape, dtype: torch.dtype, whole: bool) -> dict[str, tuple]:
-    """The arguments of each operator; whole: with all that is optional."""
-    images = (shape.images, shape.channels, shape.height, shape.width)
-    conv = (shape.filters, shape.kernel, shape.stride, shape.padding)
-    o = operands(dtype, images, conv, deferred=whole)
-    affine, residual, addend = (o.affine, o.residual, o.addend) if whole else (None, None, None)
-    weight = o.weight.contiguous(memory_format=torch.channels_last)
-    dy = (o.grad, *o.deferred)
-    return {
-        "preact_conv_forward": (o.input, affine, weight, residual, *o.geometry, "relu", whole),
-        "preact_conv_dgrad": (*dy, weight, o.input, affine, addend, *o.geometry, "relu", whole),
-        "preact_conv_wgrad": (*dy, o.input, affine, shape.kernel, *o.geometry, "relu"),
-    }
-
-
-def results(operators, name: str, arguments: tuple) -> dict[str, torch.Tensor]:
-    found = getattr(operators, name)(*arguments)
-    found = found if isinstance(found, tuple | list) else (found,)
-    return dict(zip(NAMES[name], found, strict=True))
 
 
 def test_shapes_meet_every_tile(emulator):
