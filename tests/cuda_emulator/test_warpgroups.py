@@ -27,6 +27,7 @@ SHAPES = [
     Shape(3, 256, 9, 9, 256, (1, 1)),
     Shape(1, 320, 9, 9, 320, (1, 1)),  # the wide tile three times, the last half of it
     Shape(1, 32, 3, 70, 64, (3, 3), padding=PAD),  # rows longer than a piece of a tile
+    Shape(1, 16, 2, 1000, 16, (3, 3), padding=PAD),  # the tall tile, of few channels
 ]
 
 

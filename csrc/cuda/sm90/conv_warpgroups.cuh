@@ -19,7 +19,7 @@ constexpr int kSourceSlots = 2;    // windows
 constexpr int kWeightSlots = 4;    // steps of weights, where not all of them stay
 constexpr int kMostResident = 16;  // steps of weights that stay
 constexpr int64_t kResidentWeights = 96 * 1024;
-constexpr int kCopiesAtOnce = 4;   // of a thread, of weights: it always has a multiple of them
+constexpr int kCopiesAtOnce = 4;   // of a thread, of weights
 constexpr int kWeightsBehind = 2;  // steps whose copies are under way while others are begun
 static_assert(kWeightsBehind < kWeightSlots);
 
@@ -173,7 +173,10 @@ template <typename T, bool kDgrad, class Tile>
 PREACT_DEVICE void fill_weights(const GroupWork& work, const Weight& weight, int thread) {
   const GroupTiling& t = work.t;
   const int pieces = weight_pieces<kDgrad, Tile>(t), rows = weight_rows<kDgrad, Tile>(t);
-  const int piece = thread % pieces, first = thread / pieces, step = Tile::kWeightThreads / pieces;
+  // Where there are few rows, some threads have none.
+  const int all_steps = Tile::kWeightThreads / pieces;
+  const int step = all_steps * kCopiesAtOnce <= rows ? all_steps : rows / kCopiesAtOnce;
+  const int piece = thread % pieces, first = thread / pieces < step ? thread / pieces : rows;
   const int64_t row_step = step * weight.stride_k;
   Ring ring, full;
   int begun = 0;
