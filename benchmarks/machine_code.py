@@ -205,7 +205,10 @@ class Kernel:
 
     @cached_property
     def pieces_filled(self) -> tuple[float, float]:
-        """Likewise for those of a window that warps transform on their way from global memory."""
+        """Likewise for those of a window that warps transform on their way from global memory.
+
+        Without what finds out where pixels are, outside of the loop, once for several turns.
+        """
         loops = [x for x in self.loops if x.count("LDG", 128) and x.count("STS", 128)]
         return self._per_turn("STS", [x.longest_way() for x in loops if x.count("FFMA")])
 
