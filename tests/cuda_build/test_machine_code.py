@@ -39,9 +39,10 @@ def test_no_kernel_spills(kernels):
                 continue
             most = 64 if re.match(r"preact_conv_forward_.*<128, 1, 16>", kernel.name) else 0
             # whose epilogue keeps BatchNorm's vectors and sums beside half of the product
-            most = 544 if kernel.name.startswith("dgrad_by_warpgroups") else most
-            # likewise, in its prologue
-            most = 304 if kernel.name.startswith("wgrad_by_warpgroups") else most
+            most = 256 if kernel.name.startswith("dgrad_by_warpgroups") else most
+            most = 128 if kernel.name.startswith("wgrad_by_warpgroups") else most
+            # 512 threads, half of whose registers are sums: spills in the prologue
+            most = 304 if "WgradGroups<4, 1, 128, 128>" in kernel.name else most
             assert max(kernel.stack_bytes, kernel.spill_bytes) <= most, (
                 f"{architecture} {kernel.name}"
             )

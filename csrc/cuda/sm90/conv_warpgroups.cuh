@@ -49,8 +49,8 @@ struct GroupTile {
 };
 using SlimGroups = GroupTile<1, 64, 3, 1, 2, 88, 64>;
 using TallGroups = GroupTile<2, 64, 6, 2, 1, 184, 72>;
-using WideGroups = GroupTile<2, 128, 6, 2, 1, 184, 72>;
-using PointGroups = GroupTile<1, 128, 10, 2, 1, 120, 80>;
+using WideGroups = GroupTile<2, 128, 6, 2, 1, 192, 64>;
+using PointGroups = GroupTile<1, 128, 10, 2, 1, 128, 72>;
 
 struct GroupBarriers {
   Barrier source_full[kSourceSlots], source_empty[kSourceSlots];
@@ -246,6 +246,7 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
   const int warp = warp_number(), lane = static_cast<int>(threadIdx.x) % 32;
   const int group_position = warp / 4 * kBlocks * kProductRows;
   const int my_channel = work.first_channel + column * kPiece;
+  // Unsigned: a product of 32 bits by 32 is one instruction then.
   const auto start_of = [&](int pixel) {
     return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(result.count)} *
                                 static_cast<uint32_t>(pixel)) +
