@@ -56,17 +56,40 @@ struct AffineMaker {
   }
 };
 
+// Pieces of vectors in shared memory, in rows `pitch` apart; the first one is for `row`.
+template <int kRows>
+PREACT_DEVICE void write_rows(float* row, int pitch, const Piece* const (&pieces)[kRows]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) write_piece(row + i * pitch, *pieces[i]);
+}
+template <int kRows>
+PREACT_DEVICE void read_rows(const float* row, int pitch, Piece* const (&pieces)[kRows]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) read_piece(row + i * pitch, *pieces[i]);
+}
+
 // The rows mean, scale and shift of an affine [4, C] for the piece from channel `first`.
 struct Affine {
+  static constexpr int kRows = 3;
   Piece mean, scale, shift;
 
   Affine() = default;
   PREACT_DEVICE Affine(const float* affine, const Channels& channels, int64_t first) {
     const int valid = channels.valid(first);
-    const bool vectors = channels.vectors && valid > 0;
+    const bool vectors = channels.vectors;
+    // A piece beyond the last one is not used: the first one will do.
+    if (vectors && valid <= 0) first = 0;
     load_piece(affine + first, valid, vectors, mean);
     load_piece(affine + 2 * channels.count + first, valid, vectors, scale);
     load_piece(affine + 3 * channels.count + first, valid, vectors, shift);
+  }
+  PREACT_DEVICE void write(float* row, int pitch) const {
+    write_rows(row, pitch, {&mean, &scale, &shift});
+  }
+  PREACT_DEVICE static Affine read(const float* row, int pitch) {
+    Affine bn;
+    read_rows(row, pitch, {&bn.mean, &bn.scale, &bn.shift});
+    return bn;
   }
   PREACT_DEVICE float z(int j, float u) const { return normalise(u, mean[j], scale[j], shift[j]); }
   // act(z), as it is stored.
@@ -97,28 +120,55 @@ PREACT_DEVICE void end_frozen(const T* residual,  // [M, C] or null
 
 // The end of BatchNorm's backward pass: du = scale * g + slope * (u - mean) + offset,
 // slope = -scale * rstd * S2 / M, offset = -scale * S1 / M.
+//
+// In 16 bits as scale * g + slope * u + (offset - slope * mean): at a large mean that rounds in
+// float32, while u itself has been rounded to 11 bits, which costs du thousands of times as much.
+// z is centred there too: its sign decides.
+template <typename T>
 struct BnGrad {
-  Piece mean, scale, slope, offset;
+  static constexpr bool kCentred = sizeof(T) > 2;
+  static constexpr int kRows = 3;    // in shared memory, which 16 bits alone have it in
+  Piece scale, slope, offset, mean;  // mean where kCentred
 
   BnGrad() = default;
   PREACT_DEVICE BnGrad(const float* affine, const float* sums, float inverse_count,
                        const Channels& channels, int64_t first) {
     const int valid = channels.valid(first);
-    const bool vectors = channels.vectors && valid > 0;
+    const bool vectors = channels.vectors;
+    if (vectors && valid <= 0) first = 0;
     const int64_t row = channels.count;
-    // In an order that takes no more registers than stay in use: mean last, after it has held S2.
-    load_piece(affine + 2 * row + first, valid, vectors, scale);
-    load_piece(sums + first, valid, vectors, offset);
+    affine += first;
+    sums += first;
+    // In an order that takes no more registers than stay in use.
+    load_piece(affine + row, valid, vectors, slope);
+    load_piece(sums + row, valid, vectors, offset);
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) offset[j] *= -scale[j] * inverse_count;
-    load_piece(affine + row + first, valid, vectors, slope);
-    load_piece(sums + row + first, valid, vectors, mean);
+    for (int j = 0; j < kPiece; ++j) slope[j] *= offset[j];
+    load_piece(sums, valid, vectors, offset);
+    load_piece(affine, valid, vectors, mean);
+    if constexpr (!kCentred) {
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) slope[j] = -scale[j] * inverse_count * slope[j] * mean[j];
-    load_piece(affine + first, valid, vectors, mean);
+      for (int j = 0; j < kPiece; ++j) offset[j] = fmaf(-slope[j], mean[j], offset[j]);
+    }
+    load_piece(affine + 2 * row, valid, vectors, scale);
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) {
+      slope[j] *= -scale[j] * inverse_count;
+      offset[j] *= -scale[j] * inverse_count;
+    }
+  }
+  PREACT_DEVICE void write(float* row, int pitch) const {
+    static_assert(!kCentred);
+    write_rows(row, pitch, {&scale, &slope, &offset});
+  }
+  PREACT_DEVICE static BnGrad read(const float* row, int pitch) {
+    static_assert(!kCentred);
+    BnGrad bn;
+    read_rows(row, pitch, {&bn.scale, &bn.slope, &bn.offset});
+    return bn;
   }
   PREACT_DEVICE float du(int j, float g, float u) const {
-    return fmaf(scale[j], g, fmaf(slope[j], u - mean[j], offset[j]));
+    return fmaf(scale[j], g, fmaf(slope[j], kCentred ? u - mean[j] : u, offset[j]));
   }
 };
 

@@ -215,8 +215,7 @@ struct alignas(8) RegionPixel {
   // The same, from the address of place.start.
   template <typename T>
   PREACT_DEVICE const T* from(const T* start, uint32_t pixel_bytes) const {
-    return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(start) +
-                                      uint64_t{offset} * pixel_bytes);
+    return behind(start, offset, pixel_bytes);
   }
 };
 
@@ -301,16 +300,17 @@ struct Activate {
 template <typename T, bool kSilu>
 struct Activated {
   static constexpr bool kTwo = false;
+  using Vectors = Affine;
   Channels channels;
   const T* first;       // u [N, H, W, C]
   const float* affine;  // [4, C] or null
   Activation activation;
 
   PREACT_DEVICE bool plain() const { return !affine; }
-  // use(function) of the pieces from `channel` on.
+  PREACT_DEVICE Vectors vectors(int64_t channel) const { return Affine(affine, channels, channel); }
+  // use(function) of the pieces of the channels that bn is of.
   template <typename F>
-  PREACT_DEVICE void with_function(int64_t channel, const F& use) const {
-    const Affine bn(affine, channels, channel);
+  PREACT_DEVICE void with_function(const Vectors& bn, const F& use) const {
     with_activation<kSilu>(activation,
                            [&]<Activation kActivation>() { use(Activate<T, kActivation>{bn}); });
   }
@@ -320,6 +320,7 @@ struct Activated {
 template <typename T>
 struct Gradient {
   static constexpr bool kTwo = true;
+  using Vectors = BnGrad<T>;
   Channels channels;
   const T* first;       // grad [N, P, Q, K]
   const T* output;      // [N, P, Q, K] or null
@@ -338,7 +339,7 @@ struct Gradient {
   PREACT_DEVICE bool plain() const { return !output; }
 
   struct Function {
-    BnGrad bn;
+    BnGrad<T> bn;
     PREACT_DEVICE RawPiece<T> operator()(const Piece& g, const Piece& u) const {
       Piece v;
 #pragma unroll
@@ -346,9 +347,12 @@ struct Gradient {
       return raw_piece<T>(v);
     }
   };
+  PREACT_DEVICE Vectors vectors(int64_t channel) const {
+    return BnGrad<T>(affine, sums, inverse_count, channels, channel);
+  }
   template <typename F>
-  PREACT_DEVICE void with_function(int64_t channel, const F& use) const {
-    use(Function{{affine, sums, inverse_count, channels, channel}});
+  PREACT_DEVICE void with_function(const Vectors& bn, const F& use) const {
+    use(Function{bn});
   }
 };
 
@@ -472,7 +476,7 @@ struct Window {
   PREACT_DEVICE void transform(int64_t channel, uint32_t inside, T* buffer, const T* second) const {
     channel += column();
     if (source.channels.valid(channel) <= 0 || source.plain()) return;
-    source.with_function(channel, [&](const auto& function) {
+    source.with_function(source.vectors(channel), [&](const auto& function) {
       // Padding is computed too and not stored: without a jump two pieces are under way at once.
       [[maybe_unused]] constexpr int kAtOnce = Source::kTwo ? 1 : 2;
 #pragma unroll kAtOnce

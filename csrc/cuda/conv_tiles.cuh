@@ -16,7 +16,7 @@ constexpr int kWarpChannels = 64;
 constexpr int kChunk = 32;  // source channels of a step
 constexpr int kTapsPerStep = 3;
 
-constexpr int kStagePitch = stage_column(kWarpChannels);
+constexpr int kStagePitch = spaced(kWarpChannels);
 constexpr int kStageRows = 16;  // of a warp's results that are on their way at once
 
 constexpr int64_t kStageBytes = kStageRows * kStagePitch * static_cast<int64_t>(sizeof(float));
@@ -331,6 +331,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   float* const stage = reinterpret_cast<float*>(of_warp);
   int64_t* const pixel_starts = reinterpret_cast<int64_t*>(of_warp + kStageBytes);
   typename Epilogue::Thread mine(epilogue, my_channel);
+  typename Epilogue::Vectors vectors;
 
   // Of the rows that ldmatrix has from this lane: where in the window they are, in every tile.
   int row_starts[kM];
@@ -397,11 +398,12 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float2* const at = reinterpret_cast<float2*>(stage + (8 * h + lane / 4) * kStagePitch +
-                                                       stage_column(8 * n) + lane % 4 * 2);
+                                                       spaced(8 * n) + lane % 4 * 2);
           store_shared(at, make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]));
         }
       __syncwarp();
-      if (m == 0) mine.begin_tile(my_channel);  // not before: its registers are those of the sums
+      // not before: their registers are those of the sums
+      if (m == 0) vectors = epilogue.vectors(my_channel);
       if (row < rows)
 #pragma unroll 1
         for (int i = row; i < kStageRows; i += Tile::kReads * rows) {
@@ -419,8 +421,8 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
           for (int j = 0; j < Tile::kReads; ++j) {
             if (starts[j] < 0) continue;
             Piece v;
-            read_piece(stage + (i + j * rows) * kStagePitch + stage_column(column * kPiece), v);
-            mine.store(starts[j] + my_channel, reads[j], v);
+            read_piece(stage + (i + j * rows) * kStagePitch + spaced(column * kPiece), v);
+            mine.store(starts[j] + my_channel, reads[j], vectors, v);
           }
         }
     }

@@ -2,7 +2,8 @@
 // kernel made them: of preact_conv_forward and of preact_conv_dgrad.
 //
 // A Thread stores pieces of the same channels and reduces what it stores; what it reads for it is
-// loaded before, so that several are on their way at once.
+// loaded before, so that several are on their way at once. Vectors is what it needs of the
+// channels, which the kernel keeps in registers or in shared memory.
 #pragma once
 
 #include "bn.cuh"
@@ -10,12 +11,11 @@
 
 namespace preact::cuda {
 
-// Where channel c lies in a row of the stage: 4 floats are left free after each 32, so that neither
-// mma's layout nor pieces that are 32 channels apart meet in a bank.
-__host__ __device__ constexpr int stage_column(int c) { return c + c / 32 * 4; }
+struct NoVectors {};
 
 template <typename T>
 struct ForwardEpilogue {
+  using Vectors = NoVectors;
   Channels channels;
   const T* residual;  // [M', K] or null
   T* output;          // [M', K]
@@ -24,6 +24,8 @@ struct ForwardEpilogue {
       : channels(channels_of(op.shape.output.channels, {op.residual, op.output})),
         residual(static_cast<const T*>(op.residual)),
         output(static_cast<T*>(op.output)) {}
+
+  PREACT_DEVICE Vectors vectors(int64_t) const { return {}; }
 
   struct Read {
     RawPiece<T> added;
@@ -35,11 +37,10 @@ struct ForwardEpilogue {
 
     PREACT_DEVICE Thread(const ForwardEpilogue& e, int64_t channel)
         : e(e), valid(e.channels.valid(channel)) {}
-    PREACT_DEVICE void begin_tile(int64_t) {}
     PREACT_DEVICE void read(int64_t offset, Read& read) const {
       if (e.residual) read.added = load_raw_piece(e.residual + offset, valid, e.channels.vectors);
     }
-    PREACT_DEVICE void store(int64_t offset, const Read& read, Piece& v) {
+    PREACT_DEVICE void store(int64_t offset, const Read& read, const Vectors&, Piece& v) {
       if (e.residual) {
         Piece added;
         read.added.widen(added);
@@ -55,6 +56,7 @@ struct ForwardEpilogue {
 
 template <typename T, bool kSilu>
 struct DgradEpilogue {
+  using Vectors = Affine;
   Channels channels;
   const T* addend;      // [M, C] or null
   const T* input;       // u [M, C]
@@ -75,26 +77,26 @@ struct DgradEpilogue {
         residual(static_cast<const T*>(op.residual)),
         g(static_cast<T*>(op.g)) {}
 
+  PREACT_DEVICE Vectors vectors(int64_t channel) const {
+    return affine ? Affine(affine, channels, channel) : Affine{};
+  }
+
   struct Read {
     RawPiece<T> added, u;
   };
   struct Thread {
     const DgradEpilogue& e;
     int valid;
-    Affine bn;
     PieceSums reduced;
 
     PREACT_DEVICE Thread(const DgradEpilogue& e, int64_t channel)
         : e(e), valid(e.channels.valid(channel)) {}
-    PREACT_DEVICE void begin_tile(int64_t channel) {
-      if (e.affine) bn = Affine(e.affine, e.channels, channel);
-    }
     PREACT_DEVICE void read(int64_t offset, Read& read) const {
       const bool vectors = e.channels.vectors;
       if (e.addend) read.added = load_raw_piece(e.addend + offset, valid, vectors);
       if (e.affine) read.u = load_raw_piece(e.input + offset, valid, vectors);
     }
-    PREACT_DEVICE void store(int64_t offset, const Read& read, Piece& v) {
+    PREACT_DEVICE void store(int64_t offset, const Read& read, const Vectors& bn, Piece& v) {
       const bool vectors = e.channels.vectors;
       if (e.addend) {
         Piece added;

@@ -148,6 +148,10 @@ PREACT_DEVICE void read_piece(const T* shared, Piece& v) {
   raw.widen(v);
 }
 
+// Where channel c lies in a row of floats there that is read in pieces: 4 are left free after each
+// 32, so that neither the layout of mma nor pieces that are 32 channels apart meet in a bank.
+__host__ __device__ constexpr int spaced(int c) { return c + c / 32 * 4; }
+
 template <typename T>
 PREACT_DEVICE void write_raw_piece(T* shared, const RawPiece<T>& raw) {
   Bytes16* const to = reinterpret_cast<Bytes16*>(shared);

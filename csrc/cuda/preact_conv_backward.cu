@@ -38,11 +38,12 @@ using OutputsTile = BackwardTile<1>;
 // What a block does, and where things lie in its shared memory, in bytes from its start. Rows of
 // channels are a piece longer than the channels, so that ldmatrix finds eight in different banks.
 struct BackwardTiling {
-  int64_t pixels;                 // M
-  int input_pitch, output_pitch;  // elements from row to row
-  int input_span, output_span;    // channels of a warp of dW
-  int grad_span;                  // input channels of a warp of g
-  int stages;                     // tiles that are copied or multiplied at the same time
+  int64_t pixels;                       // M
+  int input_pitch, output_pitch;        // elements from row to row
+  int input_bn_pitch, output_bn_pitch;  // floats from vector to vector of BatchNorm
+  int input_span, output_span;          // channels of a warp of dW
+  int grad_span;                        // input channels of a warp of g
+  int stages;                           // tiles that are copied or multiplied at the same time
   int64_t input_bn, output_bn, weights, activated, result, inputs, grads, second, third, total;
 };
 
@@ -80,29 +81,6 @@ PREACT_DEVICE void fetch_rows(const Rows& rows, const T* from, int64_t channels,
 #pragma unroll 1
   for (int row = rows.first; row < kPixels; row += rows.step)
     copy_piece(to + row * pitch + rows.column, from + row * channels + rows.column, row < pixels);
-}
-
-// Vectors of BatchNorm in shared memory, one after the other, `count` channels each.
-template <int kVectors>
-PREACT_DEVICE void write_vectors(float* shared, int count, int channel,
-                                 const Piece* const (&vectors)[kVectors]) {
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) write_piece(shared + i * count + channel, *vectors[i]);
-}
-PREACT_DEVICE Affine read_affine(const float* shared, int count, int channel) {
-  Affine bn;
-  read_piece(shared + channel, bn.mean);
-  read_piece(shared + count + channel, bn.scale);
-  read_piece(shared + 2 * count + channel, bn.shift);
-  return bn;
-}
-PREACT_DEVICE BnGrad read_bn_grad(const float* shared, int count, int channel) {
-  BnGrad bn;
-  read_piece(shared + channel, bn.mean);
-  read_piece(shared + count + channel, bn.scale);
-  read_piece(shared + 2 * count + channel, bn.slope);
-  read_piece(shared + 3 * count + channel, bn.offset);
-  return bn;
 }
 
 // Blocks of a multiprocessor for which registers are spared: SiLU would spill them with three.
@@ -181,11 +159,11 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
   for (int tile = 0; tile < copied; ++tile) fetch(tile, tile, tile);
   for (int i = thread * kPiece; i < inputs; i += kThreads * kPiece) {
     const Affine bn(affine, input_channels, first_channel + i);
-    write_vectors<3>(input_bn, inputs, i, {&bn.mean, &bn.scale, &bn.shift});
+    bn.write(input_bn + spaced(i), tiling.input_bn_pitch);
   }
   for (int i = thread * kPiece; deferred && i < outputs; i += kThreads * kPiece) {
-    const BnGrad bn(grad.affine, grad.sums, grad.inverse_count, grad.channels, i);
-    write_vectors<4>(output_bn, outputs, i, {&bn.mean, &bn.scale, &bn.slope, &bn.offset});
+    const BnGrad<T> bn(grad.affine, grad.sums, grad.inverse_count, grad.channels, i);
+    bn.write(output_bn + spaced(i), tiling.output_bn_pitch);
   }
   __syncthreads();
 
@@ -220,7 +198,8 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
 #pragma unroll 1
       for (int row = output_rows.first; row < pixels; row += output_rows.step) {
         // read for each row: kept over them, its registers would be spilled
-        const BnGrad bn = read_bn_grad(output_bn, outputs, output_rows.column);
+        const auto bn =
+            BnGrad<T>::read(output_bn + spaced(output_rows.column), tiling.output_bn_pitch);
         const int at = row * output_pitch + output_rows.column;
         Piece v, other;
         read_piece(dy + at, v);
@@ -239,7 +218,7 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
       }
     }
     {
-      const Affine bn = read_affine(input_bn, inputs, input_rows.column);
+      const Affine bn = Affine::read(input_bn + spaced(input_rows.column), tiling.input_bn_pitch);
 #pragma unroll 1
       for (int row = input_rows.first; row < kPixels; row += input_rows.step) {
         const int at = row * input_pitch + input_rows.column;
@@ -284,7 +263,8 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
                                                8 * n + lane % 4 * 2),
                      make_float2(dh[0][n][2 * h], dh[0][n][2 * h + 1]));
     __syncwarp();
-    const Affine bn = read_affine(input_bn, inputs, my_row < kStageRows ? my_channel : 0);
+    const Affine bn = Affine::read(input_bn + spaced(my_row < kStageRows ? my_channel : 0),
+                                   tiling.input_bn_pitch);
 #pragma unroll 1
     for (int row = my_row; row < kStageRows; row += rows) {
       if (warp_pixel + row >= pixels) continue;
@@ -350,14 +330,16 @@ BackwardTiling lay_out(const PreactConvDgrad& op, int stages) {
   t.pixels = op.shape.input.pixels();
   t.input_pitch = pitch<bf16>(static_cast<int>(inputs), true);
   t.output_pitch = pitch<bf16>(static_cast<int>(k), true);
+  t.input_bn_pitch = spaced(static_cast<int>(inputs));
+  t.output_bn_pitch = spaced(static_cast<int>(k));
   t.input_span = span(inputs, Tile::kWarpsDown);
   t.output_span = span(k, kWarps / Tile::kWarpsDown);
   t.grad_span = span(inputs, 2);
   t.stages = stages;
   const int64_t input_bytes = kPixels * t.input_pitch * kBytes;
   const int64_t output_bytes = kPixels * t.output_pitch * kBytes;
-  t.output_bn = t.input_bn + 3 * inputs * kFloat;
-  t.weights = t.output_bn + (op.grad.output ? 4 * k * kFloat : 0);
+  t.output_bn = t.input_bn + Affine::kRows * t.input_bn_pitch * kFloat;
+  t.weights = t.output_bn + (op.grad.output ? BnGrad<bf16>::kRows * t.output_bn_pitch * kFloat : 0);
   t.activated = t.weights + ceil_div(k, kPixels) * input_bytes;
   t.result = t.activated + 2 * input_bytes;
   t.inputs = t.result + kWarps * kStageRows * Tile::kResultPitch * kFloat;

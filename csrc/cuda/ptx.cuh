@@ -97,6 +97,15 @@ PREACT_DEVICE unsigned char* shared_memory() {
   return memory;
 }
 
+// The address `count` times `bytes` behind p, in one instruction: of the same product of uint64_t
+// nvcc makes up to five.
+template <typename T>
+PREACT_DEVICE const T* behind(const T* p, uint32_t count, uint32_t bytes) {
+  const T* out;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(out) : "r"(count), "r"(bytes), "l"(p));
+  return out;
+}
+
 // Of an operator's input, which no kernel writes meanwhile.
 template <typename T>
 PREACT_DEVICE Bytes16 load16(const T* p) {

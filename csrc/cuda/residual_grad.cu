@@ -18,7 +18,7 @@ __global__ __launch_bounds__(kPointwiseThreads,
                                                           const float* sums,    // [2, C]
                                                           T* du) {              // [M, C]
   const PointwiseThread me(p);
-  const BnGrad bn(affine, sums, 1.f / static_cast<float>(p.pixels), p.channels, me.channel);
+  const BnGrad<T> bn(affine, sums, 1.f / static_cast<float>(p.pixels), p.channels, me.channel);
   me.for_each(p, [&](int64_t offset) {
     Piece v, x, added{};
     load_piece(g + offset, me.valid, p.channels.vectors, v);

@@ -126,6 +126,12 @@ inline float reciprocal(float x) { return std::nextafter(1.f / x, 2.f); }
 inline unsigned char* shared_memory() { return emulator::shared(); }
 
 template <typename T>
+PREACT_DEVICE const T* behind(const T* p, uint32_t count, uint32_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(p) +
+                                    uint64_t{count} * bytes);
+}
+
+template <typename T>
 PREACT_DEVICE Bytes16 load16(const T* p) {
   emulator::check_aligned(p, "load16");
   if (!emulator::count(emulator::kRead, p, 16)) return {};

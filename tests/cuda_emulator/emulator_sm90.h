@@ -27,6 +27,7 @@ inline void barrier_wait(Barrier* barrier, int phase) {
 }
 
 inline int warp_number() { return static_cast<int>(threadIdx.x) / 32; }
+inline int lane_number() { return static_cast<int>(threadIdx.x) % 32; }
 
 struct Asked {
   int value, lane;

@@ -287,11 +287,8 @@ def test_largest_tiles_use_whole_sectors_and_no_bank_twice(emulator, channels, k
         assert waste_of(emulator, layer) == VECTORS | WIDE
 
 
-# A few times a tile: vectors of BatchNorm in float32, by halves, and results of fewer channels than
-# 64.
 GRADIENTS = {
-    ("preact_conv_backward.cu", SHARED_READ, 16): 2,
-    ("preact_conv_backward.cu", SHARED_WRITTEN, 16): 2,  # the vectors once a block
+    ("preact_conv_backward.cu", SHARED_READ, 16): 2,  # results of fewer channels than 64
     ("reduce.cuh", SHARED_WRITTEN, 4): 2,  # once a block
 }
 

@@ -62,9 +62,10 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
 template <class Tile, class Kernel>
 Grid grid_of(const CudaRuntime& runtime, Kernel kernel, const GroupTiling& tiling) {
   const int64_t across = ceil_div(tiling.result_count, Tile::kChannels);
-  const int64_t resident =
-      resident_blocks(kernel, Tile::kThreads, tiling.shared.total, runtime.device) *
-      multiprocessors(runtime.device);
+  const int64_t resident = std::min<int64_t>(resident_blocks(kernel, Tile::kThreads,
+                                                             tiling.shared.total, runtime.device),
+                                             Tile::kResident) *
+                           multiprocessors(runtime.device);
   const int64_t blocks = std::clamp<int64_t>(resident / across, 1, tiling.tiles);
   return {static_cast<unsigned>(blocks * across)};
 }

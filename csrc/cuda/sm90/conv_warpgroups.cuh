@@ -23,11 +23,17 @@ constexpr int kCopiesAtOnce = 4;   // of a thread, of weights
 constexpr int kWeightsBehind = 2;  // steps whose copies are under way while others are begun
 static_assert(kWeightsBehind < kWeightSlots);
 
-// Two warpgroups multiply kBlocks times 64 positions each, and store kChannels channels.
+// Two warpgroups multiply kBlocks times 64 positions each, and store kChannels channels; of a 1x1
+// alone if kPointwise.
 template <int kBlocks_, int kChannels_, int kSourceWarps_, int kWeightWarps_, int kResident_,
-          int kRegisters_, int kOtherRegisters_>
+          int kRegisters_, int kOtherRegisters_, bool kPointwise = false>
 struct GroupTile {
   static constexpr int kBlocks = kBlocks_, kChannels = kChannels_;
+  // Known here, a 1x1 has no code for gaps.
+  PREACT_DEVICE static Line line(Line line) {
+    if constexpr (kPointwise) line.gap = 0;
+    return line;
+  }
   static constexpr int kWarps = 2 * kWarpgroup / 32;  // that multiply
   static constexpr int kSourceWarps = kSourceWarps_, kWeightWarps = kWeightWarps_;
   static constexpr int kWeightThreads = 32 * kWeightWarps;
@@ -38,8 +44,9 @@ struct GroupTile {
   // Of a warp, the results that are on their way, in a pitch with which neither the products'
   // layout nor pieces meet in a bank. In the end a warp's sums for the reduction lie there.
   static constexpr int kStageRows = 1024 / kChannels;
-  static constexpr int kStagePitch = stage_column(kChannels) + (kChannels == 64 ? 0 : 8);
+  static constexpr int kStagePitch = spaced(kChannels) + (kChannels == 64 ? 0 : 8);
   static constexpr int kStageBytes = kStageRows * kStagePitch * 4;
+  static constexpr int kMeanBytes = spaced(kChannels) * 4;
   // Of a thread that multiplies and of one that does not.
   static constexpr int kRegisters = kRegisters_, kOtherRegisters = kOtherRegisters_;
   static_assert(registers_suffice(kThreads, kResident, 32 * kWarps, kRegisters, kOtherRegisters));
@@ -50,7 +57,7 @@ struct GroupTile {
 using SlimGroups = GroupTile<1, 64, 3, 1, 2, 88, 64>;
 using TallGroups = GroupTile<2, 64, 6, 2, 1, 184, 72>;
 using WideGroups = GroupTile<2, 128, 6, 2, 1, 192, 64>;
-using PointGroups = GroupTile<1, 128, 10, 2, 1, 128, 72>;
+using PointGroups = GroupTile<1, 128, 10, 2, 1, 144, 64, true>;
 
 struct GroupBarriers {
   Barrier source_full[kSourceSlots], source_empty[kSourceSlots];
@@ -63,7 +70,7 @@ static_assert(sizeof(GroupBarriers) <= kBarrierBytes);
 struct GroupLayout {
   int source, source_slot, source_plane;
   int weights, weight_slot, weight_plane;
-  int stages;
+  int means, stages;
   int64_t total;
 };
 
@@ -124,7 +131,8 @@ GroupTiling tile_line(const ConvShape& shape, int64_t source_channels, int64_t r
   at.source_plane = plane_bytes(t.window<Tile>(), t.chunk_pieces);
   at.source_slot = at.source_plane * t.chunk_pieces;
 
-  at.stages = kBarrierBytes;
+  at.means = kBarrierBytes;
+  at.stages = at.means + (kDgrad ? Tile::kMeanBytes : 0);
   const int64_t source = at.stages + Tile::kWarps * Tile::kStageBytes;
   const int64_t weights = source + int64_t{kSourceSlots} * at.source_slot;
   at.source = static_cast<int>(source);
@@ -142,6 +150,9 @@ struct GroupWork {
   int first_channel;  // of the results
   int first, step;    // tiles
 
+  PREACT_DEVICE float* means(int channel) const {
+    return reinterpret_cast<float*>(shared_memory() + t.shared.means) + spaced(channel);
+  }
   PREACT_DEVICE unsigned char* window(int slot) const {
     return shared_memory() + t.shared.source + slot * t.shared.source_slot;
   }
@@ -154,15 +165,16 @@ struct GroupWork {
 template <typename T, class Tile, class Source>
 PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int warp) {
   const GroupTiling& t = work.t;
-  const LineDivisors by(t.line);
+  const Line line = Tile::line(t.line);
   Ring ring;
   for (int tile = work.first; tile < t.tiles; tile += work.step) {
-    const Run run(t.line, tile * Tile::kPixels - t.line.halo());
+    const Run run(line, tile * Tile::kPixels - line.halo());
     for (int chunk = 0; chunk < t.chunks; ++chunk, ring.advance(kSourceSlots)) {
       barrier_wait(&work.barriers.source_empty[ring.slot], ring.phase ^ 1);
       fill_window<T, Tile::kSourceWarps, Source::kTwo ? 2 : 4>(
-          source, run, by, t.window<Tile>(), chunk * t.chunk(), t.chunk_pieces,
-          t.live_pieces(chunk), work.window(ring.slot), t.shared.source_plane, warp);
+          source, [&](int channel) { return source.vectors(channel); }, run, t.window<Tile>(),
+          chunk * t.chunk(), t.chunk_pieces, t.live_pieces(chunk), work.window(ring.slot),
+          t.shared.source_plane, warp);
       warp_arrives(&work.barriers.source_full[ring.slot]);
     }
   }
@@ -233,27 +245,28 @@ PREACT_DEVICE Sums parked(const float* stage) {
   return sums;
 }
 
-// Multiplies and stores a block's tiles, as a warp that multiplies.
+// Which of `pieces` of a row a lane stores, and in which of a warp's `rows` rows: from `rows` on,
+// in none.
+struct StoringLane {
+  int column, row, rows;
+
+  PREACT_DEVICE explicit StoringLane(int pieces)
+      : column(lane_number() % pieces), row(lane_number() / pieces), rows(32 / pieces) {}
+};
+
+// Multiplies and stores a block's tiles, as a warp that multiplies; `pieces` of each position.
 template <typename T, bool kDgrad, class Tile, class Epilogue>
 PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
-                                  const Epilogue& epilogue, float* stage, int row, int rows,
-                                  int column) {
+                                  const Epilogue& epilogue, float* stage, int pieces) {
   constexpr int kBlocks = Tile::kBlocks, kSums = Tile::kChannels / 2;
-  // Rows that are read at once, where registers are left for it.
-  constexpr int kReads = kDgrad || kBlocks * Tile::kChannels > 128 ? 1 : 2;
+  constexpr int kReads = kDgrad ? 1 : 2;         // rows that are read at once
   constexpr int kHalves = Tile::kStageRows / 8;  // of 16 rows of the sums, at once in the stage
   const GroupTiling& t = work.t;
-  const int warp = warp_number(), lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = warp_number();
   const int group_position = warp / 4 * kBlocks * kProductRows;
-  const int my_channel = work.first_channel + column * kPiece;
-  // Unsigned: a product of 32 bits by 32 is one instruction then.
-  const auto start_of = [&](int pixel) {
-    return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(result.count)} *
-                                static_cast<uint32_t>(pixel)) +
-           my_channel;
-  };
-  typename Epilogue::Thread mine(epilogue, my_channel);
-  const LineDivisors by(t.line);
+  typename Epilogue::Thread mine(epilogue, work.first_channel);
+  const Line line = Tile::line(t.line);
+  const LineDivisors by(line);
   Ring windows, weights;
   for (int tile = work.first; tile < t.tiles; tile += work.step) {
     float sums[kBlocks][kSums] = {};
@@ -270,7 +283,7 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
       for (int r = 0; r < t.kernel; ++r)
         for (int s = 0; s < t.kernel; ++s, weights.advance(t.weight_slots)) {
           barrier_wait(&work.barriers.weights_full[weights.slot], t.resident ? 0 : weights.phase);
-          const int position = group_position + t.line.halo() + t.line.tap(r, s);
+          const int position = group_position + line.halo() + line.tap(r, s);
           const Operand a(work.window(windows.slot) + position * kCoreRow, t.shared.source_plane,
                           kCore);
           const Operand b(work.weights(weights.slot), kDgrad ? kCore : t.shared.weight_plane,
@@ -298,11 +311,22 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
     for (int i = 0; i < kBlocks; ++i) products_done(sums[i]);
     release();
 
-    const Run run(t.line, tile * Tile::kPixels + group_position + warp % 4 * 16);
-    mine.begin_tile(my_channel);
+    const Run run(line, tile * Tile::kPixels + group_position + warp % 4 * 16);
+    const int lane = lane_number();
+    const auto [column, row, rows] = StoringLane(pieces);
+    const int my_channel = work.first_channel + column * kPiece;
+    // Unsigned: a product of 32 bits by 32 is one instruction then.
+    const auto start_of = [&](int pixel) {
+      return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(result.count)} *
+                                  static_cast<uint32_t>(pixel)) +
+             my_channel;
+    };
+    // This lane's, of 16 rows of each block.
+    static_assert(kBlocks <= 2);
+    const int pixel_of_row = run.pixel(lane / 16 % kBlocks * kProductRows + lane % 16, by);
+    typename Epilogue::Vectors vectors;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      const int pixel_of_row = run.pixel(i * kProductRows + lane % 16, by);
 #pragma unroll
       for (int h0 = 0; h0 < 2; h0 += kHalves) {
         __syncwarp();  // the rows before have been read
@@ -312,16 +336,18 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
           for (int j = 0; j < kSums / 4; ++j)
             store_shared(
                 reinterpret_cast<float2*>(stage + (8 * (h - h0) + lane / 4) * Tile::kStagePitch +
-                                          stage_column(8 * j) + lane % 4 * 2),
+                                          spaced(8 * j) + lane % 4 * 2),
                 make_float2(sums[i][4 * j + 2 * h], sums[i][4 * j + 2 * h + 1]));
         __syncwarp();
+        // not before: their registers are those of the sums
+        if (i == 0 && h0 == 0) vectors = epilogue.vectors(my_channel);
 #pragma unroll 1
         for (int first = 0; first < Tile::kStageRows; first += kReads * rows) {
           const int at = first + row;
           int pixels[kReads];
 #pragma unroll
           for (int j = 0; j < kReads; ++j) {
-            const int pixel = of_lane(pixel_of_row, 8 * h0 + at + j * rows);
+            const int pixel = of_lane(pixel_of_row, 16 * i + 8 * h0 + at + j * rows);
             pixels[j] = row < rows && at + j * rows < Tile::kStageRows ? pixel : -1;
           }
           typename Epilogue::Read reads[kReads];
@@ -332,9 +358,10 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
           for (int j = 0; j < kReads; ++j) {
             if (pixels[j] < 0) continue;
             Piece v;
-            read_piece(stage + (at + j * rows) * Tile::kStagePitch + stage_column(column * kPiece),
-                       v);
-            mine.store(start_of(pixels[j]), reads[j], v);
+            read_piece(stage + (at + j * rows) * Tile::kStagePitch + spaced(column * kPiece), v);
+            // read for each piece: kept over them, its registers would be spilled
+            if constexpr (kDgrad) read_piece(work.means(column * kPiece), vectors.mean);
+            mine.store(start_of(pixels[j]), reads[j], vectors, v);
           }
         }
       }
@@ -353,7 +380,7 @@ PREACT_DEVICE void conv_warpgroups(const GroupTiling& t, Source source, const We
   // As the host has made sure; known here, it spares the code of single numbers.
   source.channels.vectors = epilogue.channels.vectors = true;
   const Channels& result = epilogue.channels;
-  const int thread = static_cast<int>(threadIdx.x), warp = warp_number(), lane = thread % 32;
+  const int thread = static_cast<int>(threadIdx.x), warp = warp_number();
   const int tiles_across = (t.result_count + Tile::kChannels - 1) / Tile::kChannels;
   const int group = static_cast<int>(blockIdx.x) % tiles_across;
   const int block = static_cast<int>(blockIdx.x) / tiles_across;
@@ -370,17 +397,20 @@ PREACT_DEVICE void conv_warpgroups(const GroupTiling& t, Source source, const We
       barrier_begin(&work.barriers.weights_empty[i], Tile::kWarps);
     }
   }
+  if constexpr (kDgrad)
+    if (thread < Tile::kChannels / kPiece)
+      write_piece(work.means(thread * kPiece),
+                  epilogue.vectors(work.first_channel + thread * kPiece).mean);
   __syncthreads();
 
   const int channels_left = t.result_count - work.first_channel;
   const int live_pieces =
       (channels_left < Tile::kChannels ? channels_left : Tile::kChannels) / kPiece;
-  const int column = lane % live_pieces, row = lane / live_pieces, rows = 32 / live_pieces;
   float* const stage =
       reinterpret_cast<float*>(shared_memory() + t.shared.stages + warp * Tile::kStageBytes);
   if (warp < Tile::kWarps) {
     take_registers<Tile::kRegisters>();
-    multiply_tiles<T, kDgrad, Tile>(work, result, epilogue, stage, row, rows, column);
+    multiply_tiles<T, kDgrad, Tile>(work, result, epilogue, stage, live_pieces);
   } else {
     give_registers<Tile::kOtherRegisters>();
     if (warp < Tile::kWarps + Tile::kSourceWarps)
@@ -398,6 +428,7 @@ PREACT_DEVICE void conv_warpgroups(const GroupTiling& t, Source source, const We
                             block,
                             work.first_channel,
                             live_pieces * kPiece};
+  const auto [column, row, rows] = StoringLane(live_pieces);
   const int all_rows = Tile::kWarps * rows;
   const bool has_sums = warp < Tile::kWarps && row < rows;
   decltype(Epilogue::Thread::reduced) mine;

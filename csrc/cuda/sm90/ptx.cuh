@@ -70,6 +70,14 @@ PREACT_DEVICE int warp_number() {
   return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
 }
 
+// The thread's number in its warp. What is made of it is made anew each time, and is in no register
+// meanwhile.
+PREACT_DEVICE int lane_number() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // What lane `lane` % 32 has; all lanes of the warp have to ask.
 PREACT_DEVICE int of_lane(int value, int lane) { return __shfl_sync(0xffffffff, value, lane); }
 

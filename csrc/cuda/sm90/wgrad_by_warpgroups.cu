@@ -17,15 +17,21 @@ namespace preact::cuda {
 namespace {
 
 // kDown times 64 outputs by kInputs inputs, for kTaps taps in each of kTaps rows of the kernel;
-// windows of kPositions.
-template <int kDown, int kTaps_, int kInputs_, int kPositions_>
+// windows of kPositions, of whose dy a thread has kGrads pieces on their way.
+template <int kDown, int kTaps_, int kInputs_, int kPositions_, int kGrads_>
 struct WgradGroups {
   static constexpr int kTaps = kTaps_, kInputs = kInputs_, kPositions = kPositions_;
+  static constexpr int kGrads = kGrads_;
   static constexpr int kOutputs = kDown * kProductRows, kThreads = kDown * kTaps * kWarpgroup;
+  // Of BatchNorm's vectors in shared memory, which a thread reads once for each window: its
+  // channels are the same in all of them.
+  static constexpr int kGradPitch = spaced(kOutputs), kInputPitch = spaced(kInputs);
+  static constexpr int kGradFloats = BnGrad<bf16>::kRows * kGradPitch;
+  static constexpr int kInputFloats = Affine::kRows * kInputPitch;
 };
-using RowWgrad = WgradGroups<1, 3, 64, 256>;
-using PointWgrad = WgradGroups<2, 1, 128, 128>;
-using WidePointWgrad = WgradGroups<4, 1, 128, 128>;
+using RowWgrad = WgradGroups<1, 3, 64, 256, 1>;
+using PointWgrad = WgradGroups<2, 1, 128, 128, 2>;
+using WidePointWgrad = WgradGroups<4, 1, 128, 128, 1>;
 
 constexpr int kWgradSlots = 2;
 
@@ -34,7 +40,7 @@ struct WgradLine {
   int tiles, splits;
   int outputs, inputs;              // K, C
   int output_pieces, input_pieces;  // that threads share, as many as there are, or a power of 2
-  int grad_plane, input_plane, input_at, slot;  // bytes
+  int grad_plane, input_plane, input_at, slot, vectors_at;  // bytes
   int64_t shared_bytes;
 };
 
@@ -45,20 +51,37 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   // As the host has made sure; known here, it spares the code of single numbers.
   grad.channels.vectors = input.channels.vectors = true;
   constexpr int kTaps = Tile::kTaps;
-  const int thread = static_cast<int>(threadIdx.x), warp = warp_number();
+  const int warp = warp_number();
   const int tiles_across = (t.inputs + Tile::kInputs - 1) / Tile::kInputs;
   const int first_output = static_cast<int>(blockIdx.y) / tiles_across * Tile::kOutputs;
   const int first_input = static_cast<int>(blockIdx.y) % tiles_across * Tile::kInputs;
-  const int split = static_cast<int>(blockIdx.x), halo = t.line.halo();
-  const LineDivisors by(t.line);
+  Line line = t.line;
+  line.gap = kTaps / 2;  // known here, a 1x1 has no code for gaps
+  const int split = static_cast<int>(blockIdx.x), halo = line.halo();
   // Warps that have one share more of dy have one less of h.
   const int from_behind = Tile::kThreads / 32 - 1 - warp;
+  float* const grad_bn = reinterpret_cast<float*>(shared_memory() + t.vectors_at);
+  float* const input_bn = grad_bn + Tile::kGradFloats;
+  const auto keep = [&](const auto& operand, int first_channel, int channels, float* rows) {
+    const int i = static_cast<int>(threadIdx.x) * kPiece;
+    if (!operand.plain() && i < channels)
+      operand.vectors(first_channel + i).write(rows + spaced(i), spaced(channels));
+  };
+  keep(grad, first_output, Tile::kOutputs, grad_bn);
+  keep(input, first_input, Tile::kInputs, input_bn);
+  __syncthreads();
+  const auto grad_vectors = [&](int channel) {
+    return BnGrad<T>::read(grad_bn + spaced(channel - first_output), Tile::kGradPitch);
+  };
+  const auto input_vectors = [&](int channel) {
+    return Affine::read(input_bn + spaced(channel - first_input), Tile::kInputPitch);
+  };
   const auto fill = [&](int tile, unsigned char* window) {
     const int first = tile * Tile::kPositions;
-    fill_window<T, Tile::kThreads / 32, 1>(grad, Run(t.line, first), by, Tile::kPositions,
-                                           first_output, t.output_pieces, 0, window, t.grad_plane,
-                                           warp);
-    fill_window<T, Tile::kThreads / 32, 4>(input, Run(t.line, first - halo), by,
+    fill_window<T, Tile::kThreads / 32, Tile::kGrads>(
+        grad, grad_vectors, Run(line, first), Tile::kPositions, first_output, t.output_pieces, 0,
+        window, t.grad_plane, warp);
+    fill_window<T, Tile::kThreads / 32, 4>(input, input_vectors, Run(line, first - halo),
                                            Tile::kPositions + 2 * halo, first_input, t.input_pieces,
                                            0, window + t.input_at, t.input_plane, from_behind);
   };
@@ -71,7 +94,7 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   for (int tile = split; tile < t.tiles; tile += t.splits) {
     __syncthreads();  // the window is filled, and the products of the one before are done
     const Operand dy(window + group_output / kPiece * t.grad_plane, kCore, t.grad_plane);
-    const Operand h(window + t.input_at + (halo + t.line.tap(row, 0)) * kCoreRow, kCore,
+    const Operand h(window + t.input_at + (halo + line.tap(row, 0)) * kCoreRow, kCore,
                     t.input_plane);
     products_begin();
 #pragma unroll
@@ -88,7 +111,7 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
     window = filled;
   }
 
-  const int lane = thread % 32;
+  const int lane = lane_number();
 #pragma unroll
   for (int s = 0; s < kTaps; ++s) {
     products_done(sums[s]);
@@ -126,7 +149,8 @@ WgradLine wgrad_line(const ConvShape& s) {
   t.input_plane = plane_bytes(Tile::kPositions + 2 * t.line.halo(), t.input_pieces);
   t.input_at = t.grad_plane * (Tile::kOutputs / kPiece);
   t.slot = t.input_at + t.input_plane * (Tile::kInputs / kPiece);
-  t.shared_bytes = int64_t{kWgradSlots} * t.slot;
+  t.vectors_at = kWgradSlots * t.slot;
+  t.shared_bytes = t.vectors_at + (Tile::kGradFloats + Tile::kInputFloats) * sizeof(float);
   return t;
 }
 

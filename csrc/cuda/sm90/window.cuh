@@ -36,14 +36,14 @@ inline int plane_bytes(int64_t rows, int pieces) {
 }
 
 // Fills a window, `count` positions of a run and `pieces` planes of channels from `first_channel`
-// on, with what source makes of them, zeros where there is none. Of the planes beyond the last
-// channel those below `live` are zeros, and the rest is left. By kWarps warps, of which this is
-// one; a thread has kAtOnce pieces on their way.
-template <typename T, int kWarps, int kAtOnce, class Source>
-PREACT_DEVICE void fill_window(const Source& source, const Run& run, const LineDivisors& by,
+// on, with what source makes of them and of their vectors(channel), zeros where there is none. Of
+// the planes beyond the last channel those below `live` are zeros, and the rest is left. By kWarps
+// warps, of which this is one; a thread has kAtOnce pieces on their way.
+template <typename T, int kWarps, int kAtOnce, class Source, typename Vectors>
+PREACT_DEVICE void fill_window(const Source& source, const Vectors& vectors, const Run& run,
                                int count, int first_channel, int pieces, int live,
                                unsigned char* window, int plane, int warp) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = lane_number();
   const int piece = lane % pieces, my_row = lane / pieces, rows = 32 / pieces;
   // Positions of which a warp's lanes find out, each of one, where its pixel is: more spare work,
   // fewer leave none of the warps idle.
@@ -55,18 +55,18 @@ PREACT_DEVICE void fill_window(const Source& source, const Run& run, const LineD
   const bool has_channels = channel < source.channels.count;
   const bool written = has_channels || piece < live;
   const uint32_t pixel_bytes = static_cast<uint32_t>(source.channels.count * sizeof(T));
-  const auto load = [&](const T* from, int pixel) {
-    const auto* const bytes = reinterpret_cast<const unsigned char*>(from + channel);
-    return load_raw_piece(
-        reinterpret_cast<const T*>(bytes + uint64_t{pixel_bytes} * static_cast<uint32_t>(pixel)),
-        kPiece, true);
-  };
+  // From an element of the first tensor to that of the second: fewer registers than two pointers.
+  uint64_t apart = 0;
+  if constexpr (Source::kTwo)
+    apart = reinterpret_cast<uint64_t>(source.output) - reinterpret_cast<uint64_t>(source.first);
   Bytes16* const to = reinterpret_cast<Bytes16*>(window + piece * plane);
   const auto each = [&](const auto& function) {
+    const LineDivisors by(run.line);
+    const T* const from = source.first + channel;
 #pragma unroll 1
     for (int w = warp * positions; w < count; w += kWarps * positions) {
       const int left = count - w < positions ? count - w : positions;
-      const int of_mine = run.pixel(w + lane, by);
+      const int of_mine = run.pixel(w + lane_number(), by);
 #pragma unroll 1
       for (int first = 0; first < left; first += kAtOnce * rows) {
         const int row = first + my_row;
@@ -79,9 +79,12 @@ PREACT_DEVICE void fill_window(const Source& source, const Run& run, const LineD
         for (int j = 0; j < kAtOnce; ++j) {
           there[j] = has_channels && pixels[j] >= 0 && row + j * rows < left;
           if (!there[j]) continue;
-          v[j] = load(source.first, pixels[j]);
+          const T* const at = behind(from, static_cast<uint32_t>(pixels[j]), pixel_bytes);
+          v[j] = load_raw_piece(at, kPiece, true);
           if constexpr (Source::kTwo)
-            if (source.output) u[j] = load(source.output, pixels[j]);
+            if (source.output)
+              u[j] = load_raw_piece(
+                  reinterpret_cast<const T*>(reinterpret_cast<uint64_t>(at) + apart), kPiece, true);
         }
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j)
@@ -93,7 +96,7 @@ PREACT_DEVICE void fill_window(const Source& source, const Run& run, const LineD
   if (source.plain()) {
     each([](const RawPiece<T>& v, const RawPiece<T>&) { return v.part[0]; });
   } else {
-    source.with_function(channel, [&](const auto& function) {
+    source.with_function(vectors(channel), [&](const auto& function) {
       each([&](const RawPiece<T>& raw, const RawPiece<T>& raw_output) {
         Piece v, u{};
         raw.widen(v);
