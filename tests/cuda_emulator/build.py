@@ -39,7 +39,6 @@ def build(
         f"-I{cuda}",
         f"-I{CSRC / 'cuda'}",
         f"-I{CSRC}",
-        f"-DPREACT_EMULATOR={namespace}",
         "-DPREACT_SM90",
     ]
     torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem"]
@@ -56,7 +55,9 @@ def build(
     # device.cu asks the driver what it is; there is none here.
     kernels = [source for source in cuda.rglob("*.cu") if source.name != "device.cu"]
     kernels.sort(key=lambda source: -source.stat().st_size)  # what takes longest begins first
-    own = OWN if reuse is None else [HERE / "register.cpp"]  # it alone knows the namespace
+    named = folder / "namespace.cpp"
+    named.write_text(f'extern const char* const emulator_namespace = "{namespace}";\n')
+    own = [named] if reuse is not None else [*OWN, named]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compile, [*kernels, *own]))
     if reuse is not None:

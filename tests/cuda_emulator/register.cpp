@@ -1,10 +1,12 @@
-// The CUDA kernels as operators fused_preact_emulator::* on CPU tensors, by the same checks and
-// launchers as on a GPU.
+// The CUDA kernels as operators on CPU tensors, by the same checks and launchers as on a GPU. In a
+// namespace that is chosen when a library is linked: this file takes longer than kernels do.
 #include "../../csrc/cuda/ptx.cuh"
 #include "../../csrc/cuda/sm90/warpgroups.h"
 #include "../../csrc/torch/operators.h"
 #include "../../csrc/torch/units.h"
 #include "../../csrc/torch/units_call.h"
+
+extern const char* const emulator_namespace;
 
 namespace preact {
 namespace {
@@ -35,17 +37,25 @@ class EmulatedDevice : public Lender<EmulatedDevice> {
   std::vector<std::unique_ptr<unsigned char, void (*)(void*)>> memory_;
 };
 
-}  // namespace
+using torch::stable::detail::StableLibrary;
+using torch::stable::detail::StableTorchLibraryInit;
 
-STABLE_TORCH_LIBRARY(PREACT_EMULATOR, m) {
+void define(StableLibrary& m) {
   define_operators(m);
   define_unit_operators(m);
 }
-STABLE_TORCH_LIBRARY_IMPL(PREACT_EMULATOR, CPU, m) {
+void implement(StableLibrary& m) {
   implement_operators<EmulatedDevice>(m);
   implement_unit_operators<EmulatedDevice>(m);
 }
 
+// As STABLE_TORCH_LIBRARY and STABLE_TORCH_LIBRARY_IMPL do.
+const StableTorchLibraryInit kDefined(StableLibrary::Kind::DEF, &define, emulator_namespace,
+                                      nullptr, __FILE__, __LINE__);
+const StableTorchLibraryInit kImplemented(StableLibrary::Kind::IMPL, &implement, emulator_namespace,
+                                          "CPU", __FILE__, __LINE__);
+
+}  // namespace
 }  // namespace preact
 
 // Whether launches from now on are those for compute capability 9.0.

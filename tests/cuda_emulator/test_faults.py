@@ -62,8 +62,9 @@ def test_too_weak_a_wait_is_found(emulator, tmp_path, kernel, file, shape, resul
 
 def test_missing_barrier_of_a_warp_is_found(emulator, tmp_path):
     """The epilogue that reads the stage before the other lanes have written their part."""
-    before = "      __syncwarp();\n      if (m == 0)"
-    cuda = broken(tmp_path, "preact_conv_forward.cu", before, "      if (m == 0)", "conv_tiles.cuh")
+    after = "      // not before: their registers"
+    before = "      __syncwarp();\n" + after
+    cuda = broken(tmp_path, "preact_conv_forward.cu", before, after, "conv_tiles.cuh")
     library = build(
         tmp_path / "build", "preact_warp", cuda=cuda, reuse=emulator.library.parent, optimise="-O0"
     )
