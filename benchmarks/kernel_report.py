@@ -54,6 +54,7 @@ from launch_model import (
     SOURCES,
     Device,
     predict,
+    resident_blocks,
 )
 from launch_model import __doc__ as the_model
 
@@ -119,7 +120,14 @@ class Report:
         arguments = [_empty(a) for a in call.arguments]
         of_device = device.multiprocessors, device.most_shared_bytes
         warpgroups = self.warpgroups and device.warpgroup_flops > 0
-        with self.emulator.recording(*of_device, warpgroups=warpgroups) as launches:
+        kernels = self.kernels.get(device.architecture)
+
+        def resident(name: str, threads: int, shared_bytes: int) -> int:
+            return resident_blocks(device, kernels[name], threads, shared_bytes)
+
+        with self.emulator.recording(
+            *of_device, warpgroups=warpgroups, resident_blocks=resident if kernels else None
+        ) as launches:
             operator(*arguments)
         sums = bool(call.weight_gradients)
         return [launch for launch in launches if ("add_splits" in launch.kernel) == sums]

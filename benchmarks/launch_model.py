@@ -76,11 +76,11 @@ MULTIPLICATION_FLOPS = 2 * 16 * 8 * 16  # of mma.m16n8k16
 OVERLAPPING = ("bytes", "tensor", "issue", "banks", "latency", "roles")  # the largest counts
 
 
-def resident_blocks(device: Device, kernel: Kernel, launch: Launch) -> int:
-    """Blocks of a launch that a multiprocessor holds at once."""
-    warps = launch.threads // 32
+def resident_blocks(device: Device, kernel: Kernel, threads: int, shared_bytes: int) -> int:
+    """Blocks that a multiprocessor holds at once."""
+    warps = threads // 32
     registers = math.ceil(kernel.registers * 32 / 256) * 256 * warps
-    shared = kernel.shared_bytes + launch.shared_bytes + RESERVED_SHARED
+    shared = kernel.shared_bytes + shared_bytes + RESERVED_SHARED
     return min(
         MOST_BLOCKS, MOST_WARPS // warps, REGISTERS // registers, device.shared_bytes // shared
     )
@@ -157,7 +157,7 @@ def predict(
     """Seconds of each term of the model, for tensors of `moved` bytes."""
     blocks = math.prod(launch.grid)
     of_one = math.ceil(blocks / device.multiprocessors)  # blocks of the busiest multiprocessor
-    resident = resident_blocks(device, kernel, launch)
+    resident = resident_blocks(device, kernel, launch.threads, launch.shared_bytes)
     waves = blocks / (resident * device.multiprocessors)
     multiplications = launch.multiplications * of_one * MULTIPLICATION_FLOPS
     warps = launch.threads // 32

@@ -397,10 +397,10 @@ PREACT_DEVICE int row_of_thread(int i) {
 }
 
 // Into how many parts the pixels of a weight gradient are split: enough blocks to fill the device,
-// but partial results that stay small against the bytes that are read, and at most one for each of
+// but partial results that stay small against the bytes that are moved, and at most one for each of
 // `tiles`.
-inline int64_t choose_splits(int64_t to_fill, int64_t read, int64_t partial, int64_t tiles) {
-  const int64_t most = std::max<int64_t>(read / partial, 48);
+inline int64_t choose_splits(int64_t to_fill, int64_t moved, int64_t partial, int64_t tiles) {
+  const int64_t most = std::max<int64_t>(moved / partial, 48);
   return std::clamp<int64_t>(std::min(to_fill, most), 1, tiles);
 }
 

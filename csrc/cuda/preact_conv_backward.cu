@@ -369,8 +369,9 @@ void run(const CudaRuntime& runtime, const PreactConvDgrad& op, void* dweight) {
   const int64_t resident = resident_blocks(kernel, kThreads, tiling.total, runtime.device) *
                            multiprocessors(runtime.device);
   const int64_t tiles = ceil_div(pixels, kPixels);
-  const int64_t most =
-      choose_splits(resident / groups, pixels * (c + k) * kBytes, k * c * kFloat, tiles);
+  const int64_t of_output = 1 + (op.grad.output ? 1 : 0) + (op.grad.residual ? 2 : 0);  // tensors
+  const int64_t moved = pixels * (2 * c + of_output * k) * kBytes;
+  const int64_t most = choose_splits(resident / groups, moved, k * c * kFloat, tiles);
   const int64_t splits = ceil_div(tiles, ceil_div(tiles, most));  // none has fewer to do
   float* const partial =
       static_cast<float*>(runtime.allocate_partial(splits * k * c * kFloat, runtime.context));

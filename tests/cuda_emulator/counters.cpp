@@ -123,6 +123,12 @@ void count_recorded_thread(const Recorded& of_thread, bool last_of_warp) {
   of_warp = {};
 }
 
+int64_t place_of(const void* code) {
+  Dl_info self;
+  dladdr(reinterpret_cast<const void*>(&place_of), &self);
+  return static_cast<const char*>(code) - static_cast<const char*>(self.dli_fbase);
+}
+
 }  // namespace emulator
 
 #define PREACT_CONTROL __attribute__((visibility("default")))
@@ -154,23 +160,21 @@ PREACT_CONTROL void emulator_bytes(const void* begin, int64_t bytes, int64_t* ou
 // A line for each program point: its place in this library, access, bytes of a lane, requests,
 // sectors, used bytes, passes, fewest passes.
 PREACT_CONTROL const char* emulator_points() {
-  Dl_info self;
-  dladdr(reinterpret_cast<const void*>(&emulator_points), &self);
   emulator::text.clear();
   for (const auto& [place, p] : emulator::points) {
-    const int64_t at = static_cast<const char*>(place) - static_cast<const char*>(self.dli_fbase);
-    for (int64_t value : {at, static_cast<int64_t>(p.access), p.bytes, p.requests, p.sectors,
-                          p.used_bytes, p.passes, p.fewest_passes})
+    for (int64_t value : {emulator::place_of(place), static_cast<int64_t>(p.access), p.bytes,
+                          p.requests, p.sectors, p.used_bytes, p.passes, p.fewest_passes})
       emulator::text += std::to_string(value) + " ";
     emulator::text += "\n";
   }
   return emulator::text.c_str();
 }
 
-// From now on a device like this; of 0 multiprocessors: the emulator's own again.
-PREACT_CONTROL void emulator_device(int multiprocessors, int64_t most_shared_bytes) {
+// From now on a device like this, as Device has it; of 0 multiprocessors: the emulator's own again.
+PREACT_CONTROL void emulator_device(int multiprocessors, int64_t most_shared_bytes,
+                                    int64_t (*resident_blocks)(int64_t, int, int64_t)) {
   emulator::device = emulator::Device{};
-  if (multiprocessors > 0) emulator::device = {multiprocessors, most_shared_bytes};
+  if (multiprocessors > 0) emulator::device = {multiprocessors, most_shared_bytes, resident_blocks};
 }
 
 // Whether launches from now on are recorded, not run.
@@ -183,19 +187,18 @@ PREACT_CONTROL void emulator_record(int on) {
 // shared bytes, each warp's counts, and of each place with asynchronous copies that place and their
 // number.
 PREACT_CONTROL const char* emulator_launches() {
-  Dl_info self;
-  dladdr(reinterpret_cast<const void*>(&emulator_launches), &self);
   emulator::text.clear();
-  const auto at = [&](const void* place) {
-    return static_cast<const char*>(place) - static_cast<const char*>(self.dli_fbase);
-  };
   for (const emulator::Launch& launch : emulator::launches) {
-    std::vector<int64_t> values{at(launch.kernel), launch.grid.x,  launch.grid.y,
-                                launch.grid.z,     launch.threads, launch.shared_bytes};
+    std::vector<int64_t> values{emulator::place_of(launch.kernel),
+                                launch.grid.x,
+                                launch.grid.y,
+                                launch.grid.z,
+                                launch.threads,
+                                launch.shared_bytes};
     for (const auto& counts : launch.warps)
       values.insert(values.end(), counts.begin(), counts.end());
     for (const auto& [place, count] : launch.copies)
-      values.insert(values.end(), {at(place), count});
+      values.insert(values.end(), {emulator::place_of(place), count});
     for (int64_t value : values) emulator::text += std::to_string(value) + " ";
     emulator::text += "\n";
   }

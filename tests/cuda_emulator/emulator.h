@@ -31,6 +31,8 @@ struct Index {
 struct Device {
   int multiprocessors = 2;  // few, so that small cases give each block several tiles
   int64_t most_shared_bytes = 163 * 1024;
+  // Blocks of the kernel at a place that a multiprocessor has room for, or null: a rule of thumb.
+  int64_t (*resident_blocks)(int64_t place, int threads, int64_t shared_bytes) = nullptr;
 };
 
 extern Index thread, block, block_size, grid_size;
@@ -44,6 +46,8 @@ extern bool recording;  // launches are written down; their first block runs wit
 // memory while launches are recorded.
 enum Access { kRead, kWritten, kCopied, kSharedRead, kSharedWritten, kMatrixRead };
 bool count(Access access, const void* p, int bytes);
+// How far from the library's beginning.
+int64_t place_of(const void* code);
 // Of this thread's warp: multiplications as large as m16n8k16, and the reads of 512 bytes of shared
 // memory that a warpgroup's products make for each of its warps.
 void count_multiplications(int m16n8k16);
@@ -263,7 +267,9 @@ inline int multiprocessors(int) { return emulator::device.multiprocessors; }
 // As shared memory has room, of which the system takes 1 KB for each block; a thread has as many
 // registers as leave room for 256, or, of a block that has more, for 768.
 template <typename Kernel>
-int64_t resident_blocks(Kernel, int threads, int64_t shared_bytes, int) {
+int64_t resident_blocks(Kernel kernel, int threads, int64_t shared_bytes, int) {
+  if (const auto known = emulator::device.resident_blocks)
+    return known(emulator::place_of(reinterpret_cast<const void*>(kernel)), threads, shared_bytes);
   constexpr int64_t kSystem = 1024;
   const int64_t room = (emulator::device.most_shared_bytes + kSystem) / (shared_bytes + kSystem);
   return std::min<int64_t>(threads > 256 ? std::max(768 / threads, 1) : 256 / threads, room);

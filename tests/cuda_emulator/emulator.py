@@ -4,7 +4,7 @@ import ctypes
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,11 @@ from pathlib import Path
 import torch
 from machine_code import kernel_name
 from torch import Tensor
+
+# Of a kernel by name, threads and bytes of shared memory of a block: blocks that a multiprocessor
+# has room for at once.
+ResidentBlocks = Callable[[str, int, int], int]
+_RESIDENT_BLOCKS = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int64)
 
 _RECORDED = 6 * 5 + 1 + 3  # accesses of five sizes, multiplications, waits
 READ, WRITTEN, COPIED, SHARED_READ, SHARED_WRITTEN, MATRIX_READ = range(6)
@@ -126,24 +131,45 @@ class Emulator:
 
     @contextmanager
     def device(
-        self, multiprocessors: int, most_shared_bytes: int, *, warpgroups: bool = False
+        self,
+        multiprocessors: int,
+        most_shared_bytes: int,
+        *,
+        warpgroups: bool = False,
+        resident_blocks: ResidentBlocks | None = None,
     ) -> Iterator[None]:
         """Launches inside are those for such a device; warpgroups: of compute capability 9.0."""
-        self._controls.emulator_device(multiprocessors, ctypes.c_int64(most_shared_bytes))
+        # of none: a null pointer
+        known = _RESIDENT_BLOCKS()
+        if resident_blocks is not None:
+            known = _RESIDENT_BLOCKS(
+                lambda place, threads, shared: resident_blocks(self._kernel(place), threads, shared)
+            )
+        self._controls.emulator_device(multiprocessors, ctypes.c_int64(most_shared_bytes), known)
         self._controls.emulator_warpgroups(int(warpgroups))
         try:
             yield
         finally:
-            self._controls.emulator_device(0, ctypes.c_int64(0))
+            self._controls.emulator_device(0, ctypes.c_int64(0), _RESIDENT_BLOCKS())
             self._controls.emulator_warpgroups(0)
 
     @contextmanager
     def recording(
-        self, multiprocessors: int, most_shared_bytes: int, *, warpgroups: bool = False
+        self,
+        multiprocessors: int,
+        most_shared_bytes: int,
+        *,
+        warpgroups: bool = False,
+        resident_blocks: ResidentBlocks | None = None,
     ) -> Iterator[list[Launch]]:
         """Launches as on such a device. None is run: tensors are not touched."""
         launches: list[Launch] = []
-        device = self.device(multiprocessors, most_shared_bytes, warpgroups=warpgroups)
+        device = self.device(
+            multiprocessors,
+            most_shared_bytes,
+            warpgroups=warpgroups,
+            resident_blocks=resident_blocks,
+        )
         with device, self._recorded():
             yield launches
             for line in self._lines("emulator_launches"):
