@@ -161,7 +161,7 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
 // Calls run.operator()<Tile>(): in 16 bits the largest tile that leaves nothing over, with blocks
 // enough to fill the device and room in its shared memory, and that gives no multiprocessor more to
 // multiply than WideTile does.
-template <typename T, bool kDgrad, typename F>
+template <typename T, typename F>
 void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixels,
                  int64_t channels, F&& run) {
   if constexpr (sizeof(T) == 2) {
@@ -181,8 +181,7 @@ void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixe
     if (fills(WidestTile(), kWidestBytes)) return run.template operator()<WidestTile>();
     if (fills(LargeTile(), kWidestBytes)) return run.template operator()<LargeTile>();
     if (fills(WideTile(), kWideBytes)) return run.template operator()<WideTile>();
-    if constexpr (!kDgrad)  // whose registers would spill
-      if (activation == Activation::kRelu) return run.template operator()<BusyTile>();
+    if (activation == Activation::kRelu) return run.template operator()<BusyTile>();
   }
   run.template operator()<SmallTile>();
 }
