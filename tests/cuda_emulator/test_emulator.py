@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 from cuda_emulator.cases import POINTWISE, SANITIZED, SHAPES, TOLERANCES, Shape, run
-from numerics import assert_rule, make_case, tf32
+from numerics import assert_operator_rule, assert_rule, make_case, tf32
 from operands import calls_with, operands, units_operands
 from torch import Tensor
 
@@ -145,6 +145,22 @@ def test_gradients_of_a_1x1_of_many_tiles(emulator, channels, filters, kilobytes
     dy = (ours["dy"], None, None, None) if of_a_sum else (o.grad, *o.deferred)
     rest = (o.weight, o.input, o.affine, None, *o.geometry, "relu", True)
     assert torch.equal(ours["g"], emulator.operators.preact_conv_dgrad(*dy, *rest)[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [(torch.float32, 1e4), (torch.bfloat16, 100.0), (torch.float16, 1000.0)]
+)
+def test_mean_far_from_zero(emulator, dtype, mean):
+    """dy keeps the tolerance rule, in 16 bits too, where its mean is in the offset."""
+    o = operands(dtype, (4, 16, 9, 7), (16, (3, 3), (1, 1), (1, 1, 1, 1)), deferred=True, mean=mean)
+    dy, rest = (o.grad, *o.deferred), (*o.geometry, "relu")
+    of_input = o.weight, o.input, o.affine, None
+    for name, arguments in {
+        "residual_grad": (None, o.addend, o.input, o.affine, torch.randn(2, 16) * 16),
+        "preact_conv_dgrad": (*dy, *of_input, *rest, True),
+        "preact_conv_wgrad": (*dy, o.input, o.affine, o.weight.shape[2:], *rest),
+    }.items():
+        assert_operator_rule(emulator.operators, name, dtype, *arguments)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

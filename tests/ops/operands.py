@@ -11,6 +11,8 @@ from torch import Tensor
 from fused_preact import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# Means far from zero, beside a deviation of 1, of which 16 bits keep a digit or two.
+FAR_MEANS = [(torch.float32, 1e4), (torch.bfloat16, 100.0)]
 DEFERRED = (False, True)
 
 ONE, X3, TWO, NONE, SAME = (1, 1), (3, 3), (2, 2), (0, 0, 0, 0), (1, 1, 1, 1)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from numerics import assert_operator_rule
-from operands import DEFERRED, DTYPES, GEOMETRIES, SAME, X3, operands
+from operands import DEFERRED, DTYPES, FAR_MEANS, GEOMETRIES, SAME, X3, operands
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,13 +51,14 @@ def test_frozen(name, with_residual, with_addend, with_sums, dtype, operators):
     assert_operator_rule(operators, "preact_conv_dgrad", dtype, *args)
 
 
+@pytest.mark.parametrize(("dtype", "mean"), FAR_MEANS)
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("deferred", DEFERRED)
-def test_mean_far_from_zero(deferred, activation, operators):
-    """Input and output at a mean of 1e4: both are centred before they are multiplied."""
-    o = operands(torch.float32, (4, 5, 9, 7), (6, X3, (1, 1), SAME), deferred=deferred, mean=1e4)
+def test_mean_far_from_zero(deferred, activation, dtype, mean, operators):
+    """Input and output at a mean of 1e4: no digit is lost to it."""
+    o = operands(dtype, (4, 5, 9, 7), (6, X3, (1, 1), SAME), deferred=deferred, mean=mean)
     args = o.grad, *o.deferred, o.weight, o.input, o.affine, None, *o.geometry, activation, True
-    assert_operator_rule(operators, "preact_conv_dgrad", torch.float32, *args)
+    assert_operator_rule(operators, "preact_conv_dgrad", dtype, *args)
 
 
 def test_pixels_that_no_output_reads(operators):

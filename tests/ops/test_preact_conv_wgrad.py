@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from numerics import assert_operator_rule
-from operands import DEFERRED, DTYPES, GEOMETRIES, SAME, X3, operands
+from operands import DEFERRED, DTYPES, FAR_MEANS, GEOMETRIES, SAME, X3, operands
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,13 +33,14 @@ def test_options(name, deferred, with_affine, dtype, operators):
     assert_operator_rule(operators, "preact_conv_wgrad", dtype, o.grad, *o.deferred, *rest)
 
 
+@pytest.mark.parametrize(("dtype", "mean"), FAR_MEANS)
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("deferred", DEFERRED)
-def test_mean_far_from_zero(deferred, activation, operators):
-    """Input and output at a mean of 1e4: both are centred before they are multiplied."""
-    o = operands(torch.float32, (4, 5, 9, 7), (6, X3, (1, 1), SAME), deferred=deferred, mean=1e4)
+def test_mean_far_from_zero(deferred, activation, dtype, mean, operators):
+    """Input and output at a mean of 1e4: no digit is lost to it."""
+    o = operands(dtype, (4, 5, 9, 7), (6, X3, (1, 1), SAME), deferred=deferred, mean=mean)
     rest = o.input, o.affine, o.weight.shape[2:], *o.geometry, activation
-    assert_operator_rule(operators, "preact_conv_wgrad", torch.float32, o.grad, *o.deferred, *rest)
+    assert_operator_rule(operators, "preact_conv_wgrad", dtype, o.grad, *o.deferred, *rest)
 
 
 def test_bfloat16_gradient_is_float32(operators):
