@@ -219,28 +219,31 @@ struct WgradGrid {
 };
 
 template <class Tile>
-WgradGrid wgrad_grid(const CudaRuntime& runtime, const ConvShape& s, int64_t bytes, int64_t tiles) {
+WgradGrid wgrad_grid(const CudaRuntime& runtime, const PreactConvWgrad& op, int64_t bytes,
+                     int64_t tiles) {
+  const ConvShape& s = op.shape;
   const int64_t k = s.output.channels, c = s.input.channels;
   const int64_t channel_tiles = ceil_div(k, Tile::kOutputs) * ceil_div(c, Tile::kInputs);
   const int64_t tap_groups =
       ceil_div(s.kernel_height, Tile::kRows) * ceil_div(s.kernel_width, Tile::kTaps);
   const int64_t to_fill =
       Tile::kBlocks * multiprocessors(runtime.device) / (channel_tiles * tap_groups);
-  const int64_t read = (s.input.pixels() * c + s.output.pixels() * k) * bytes;
+  const int64_t of_output = op.grad.output ? 2 : 1;  // tensors
+  const int64_t moved = (s.input.pixels() * c + of_output * s.output.pixels() * k) * bytes;
   const int64_t partial_bytes =
       k * c * s.kernel_height * s.kernel_width * static_cast<int64_t>(sizeof(float));
-  return {choose_splits(to_fill, read, partial_bytes, tiles), channel_tiles, tap_groups};
+  return {choose_splits(to_fill, moved, partial_bytes, tiles), channel_tiles, tap_groups};
 }
 
 // Whether larger tiles leave no input channels over and give no multiprocessor an eighth more to
 // multiply than square ones: they save more than that.
 template <typename T, class Tile, class Square>
 bool pays(const CudaRuntime& runtime, const PreactConvWgrad& op) {
-  const ConvShape s = flattened(op.shape);
+  const ConvShape& s = op.shape;
   if (Tile::kInputs > 64 && s.input.channels % Tile::kInputs != 0) return false;
   const int64_t tiles = ceil_div(s.output.pixels(), Square::kPixels);
   const auto of_busiest = [&]<class Any>(const Any&) {
-    const WgradGrid grid = wgrad_grid<Any>(runtime, s, sizeof(T), tiles);
+    const WgradGrid grid = wgrad_grid<Any>(runtime, op, sizeof(T), tiles);
     const int64_t blocks = ceil_div(grid.blocks(), multiprocessors(runtime.device));
     return blocks * ceil_div(tiles, grid.splits) * Any::kOutputs * Any::kInputs * Any::kTaps *
            Any::kRows;
@@ -293,7 +296,7 @@ void run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
   });
   tiling = lay_out(tiling, window, stages);
 
-  const WgradGrid blocks = wgrad_grid<Tile>(runtime, s, kBytes, tiling.patch.tiles);
+  const WgradGrid blocks = wgrad_grid<Tile>(runtime, op, kBytes, tiling.patch.tiles);
   tiling.splits = static_cast<int>(blocks.splits);
   const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
   float* const partial =

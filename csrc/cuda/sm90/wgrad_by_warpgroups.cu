@@ -164,9 +164,10 @@ bool run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
     const auto kernel = wgrad_by_warpgroups_kernel<T, Tile>;
     const int64_t channel_tiles = ceil_div(k, Tile::kOutputs) * ceil_div(c, Tile::kInputs);
     const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
-    const int64_t read = s.input.pixels() * (c + k) * static_cast<int64_t>(sizeof(T));
-    t.splits = static_cast<int>(choose_splits(multiprocessors(runtime.device) / channel_tiles, read,
-                                              partial_bytes, t.tiles));
+    const int64_t of_output = op.grad.output ? 2 : 1;  // tensors
+    const int64_t moved = s.input.pixels() * (c + of_output * k) * static_cast<int64_t>(sizeof(T));
+    t.splits = static_cast<int>(choose_splits(multiprocessors(runtime.device) / channel_tiles,
+                                              moved, partial_bytes, t.tiles));
     float* const partial =
         static_cast<float*>(runtime.allocate_partial(t.splits * partial_bytes, runtime.context));
     const Activated<T, false> input{channels_of(c, {op.input, op.affine}),
