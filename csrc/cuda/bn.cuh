@@ -122,13 +122,13 @@ PREACT_DEVICE void end_frozen(const T* residual,  // [M, C] or null
 // slope = -scale * rstd * S2 / M, offset = -scale * S1 / M.
 //
 // In 16 bits as scale * g + slope * u + (offset - slope * mean): at a large mean that rounds in
-// float32, while u itself has been rounded to 11 bits, which costs du thousands of times as much.
-// z is centred there too: its sign decides.
+// float32, while u itself has been rounded to 8 or 11 bits, which costs du thousands of times as
+// much. z is centred there too: its sign decides.
 template <typename T>
 struct BnGrad {
   static constexpr bool kCentred = sizeof(T) > 2;
-  static constexpr int kRows = 3;    // in shared memory, which 16 bits alone have it in
-  Piece scale, slope, offset, mean;  // mean where kCentred
+  static constexpr int kRows = 3;    // in shared memory, where it is in 16 bits alone
+  Piece scale, slope, offset, mean;  // mean only where kCentred
 
   BnGrad() = default;
   PREACT_DEVICE BnGrad(const float* affine, const float* sums, float inverse_count,

@@ -181,8 +181,9 @@ PREACT_DEVICE void copy16(SharedAddress shared, const void* global, bool there) 
   static constexpr Bytes16 kZeros{};
   emulator::check_aligned(shared, "copy16");
   emulator::check_aligned(global, "copy16");
-  const bool data = !there || emulator::count(emulator::kCopied, global, 16);
+  asm("" : "+r"(there));  // or the compiler may have a place for each, of which lanes meet in none
   emulator::count(emulator::kSharedWritten, shared, 16);
+  const bool data = !there || emulator::count(emulator::kCopied, global, 16);
   if (data) emulator::copy_later(shared, there ? global : &kZeros);
 }
 inline void copies_commit() { emulator::end_group(); }

@@ -114,6 +114,23 @@ def test_residual_sum_that_does_not_fit(emulator):
     assert torch.equal(dy, ours[0]) and torch.equal(g, ours[1])
 
 
+def test_grids_have_as_many_blocks_as_there_is_room_for(emulator):
+    """On a device whose registers are known; blocks walk over the rest of the tiles."""
+    o = operands(torch.bfloat16, (64, 16, 16, 16), (16, (3, 3), (1, 1), (1, 1, 1, 1)))
+    asked = set()
+
+    def room(name: str, threads: int, shared_bytes: int) -> int:
+        asked.add((name, threads))
+        return 3
+
+    with emulator.recording(10, 227 * 1024, resident_blocks=room) as launches:
+        emulator.operators.preact_conv_forward(
+            o.input, o.affine, o.weight, None, *o.geometry, "relu", True
+        )
+    assert launches[0].grid == (30, 1, 1)
+    assert (launches[0].kernel, launches[0].threads) in asked
+
+
 def kernels_of(launches) -> list[str]:
     return [launch.kernel.split("_kernel")[0] for launch in launches]
 

@@ -259,8 +259,6 @@ WIDE = {("reduce.cuh", SHARED_WRITTEN, 4): 2}
 # ldmatrix takes every other pixel of the window, eight rows in four places: twice. Half of this
 # tile's pixels are beyond its image and read one place: once.
 STRIDED = {("conv.cuh", MATRIX_READ, 16): 1.5}
-# dgrad's windows of 162 pixels, of whose last eight two are there: half of a pass each, in two.
-STRIDED |= {("conv.cuh", SHARED_WRITTEN, 16): 560 / 544}
 
 
 @pytest.mark.parametrize(

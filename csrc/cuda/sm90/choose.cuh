@@ -59,6 +59,7 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
 }
 
 // As many blocks as the device has room for: neighbours have the same positions, other channels.
+// More blocks than share the registers would wait for ever.
 template <class Tile, class Kernel>
 Grid grid_of(const CudaRuntime& runtime, Kernel kernel, const GroupTiling& tiling) {
   const int64_t across = ceil_div(tiling.result_count, Tile::kChannels);

@@ -264,7 +264,7 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
   const GroupTiling& t = work.t;
   const int warp = warp_number();
   const int group_position = warp / 4 * kBlocks * kProductRows;
-  typename Epilogue::Thread mine(epilogue, work.first_channel);
+  typename Epilogue::Thread mine(epilogue, work.first_channel);  // whose pieces are all whole
   const Line line = Tile::line(t.line);
   const LineDivisors by(line);
   Ring windows, weights;

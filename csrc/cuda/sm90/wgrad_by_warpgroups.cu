@@ -17,11 +17,11 @@ namespace preact::cuda {
 namespace {
 
 // kDown times 64 outputs by kInputs inputs, for kTaps taps in each of kTaps rows of the kernel;
-// windows of kPositions, of whose dy a thread has kGrads pieces on their way.
-template <int kDown, int kTaps_, int kInputs_, int kPositions_, int kGrads_>
+// windows of kPositions, of whose dy a thread has kGradsAtOnce pieces on their way.
+template <int kDown, int kTaps_, int kInputs_, int kPositions_, int kGradsAtOnce_>
 struct WgradGroups {
   static constexpr int kTaps = kTaps_, kInputs = kInputs_, kPositions = kPositions_;
-  static constexpr int kGrads = kGrads_;
+  static constexpr int kGradsAtOnce = kGradsAtOnce_;
   static constexpr int kOutputs = kDown * kProductRows, kThreads = kDown * kTaps * kWarpgroup;
   // Of BatchNorm's vectors in shared memory, which a thread reads once for each window: its
   // channels are the same in all of them.
@@ -78,7 +78,7 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   };
   const auto fill = [&](int tile, unsigned char* window) {
     const int first = tile * Tile::kPositions;
-    fill_window<T, Tile::kThreads / 32, Tile::kGrads>(
+    fill_window<T, Tile::kThreads / 32, Tile::kGradsAtOnce>(
         grad, grad_vectors, Run(line, first), Tile::kPositions, first_output, t.output_pieces, 0,
         window, t.grad_plane, warp);
     fill_window<T, Tile::kThreads / 32, 4>(input, input_vectors, Run(line, first - halo),

@@ -66,7 +66,7 @@ PREACT_DEVICE void fill_window(const Source& source, const Vectors& vectors, con
 #pragma unroll 1
     for (int w = warp * positions; w < count; w += kWarps * positions) {
       const int left = count - w < positions ? count - w : positions;
-      const int of_mine = run.pixel(w + lane_number(), by);
+      const int of_mine = run.pixel(w + lane_number(), by);  // anew: `lane` is in no register
 #pragma unroll 1
       for (int first = 0; first < left; first += kAtOnce * rows) {
         const int row = first + my_row;
