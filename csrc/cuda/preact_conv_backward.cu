@@ -3,8 +3,8 @@
 //
 // A 1x1 that moves no pixel, in 16 bits, has one kernel for both where dW [K, C] is small enough to
 // stay in registers: K <= 64 and C <= 256, or K <= 256 and C <= 64.
-// Reads g', u' [M, K] once for each 128 input channels, or 32 (from the cache after the first), u,
-// addend [M, C], the weights; writes g [M, C] and `splits` partial results of K*C floats. FLOPs
+// Reads g', u' [M, K] once for each 128 input channels (from the cache after the first), u, addend
+// [M, C], the weights; writes g [M, C] and `splits` partial results of K*C floats. FLOPs
 // 4*M*K*C. Of a residual sum it reads the gradient of its shortcut [M, K] as it does g', and writes
 // dy [M, K].
 // All others run wgrad and dgrad one after the other: each reads g', u' and u for itself. Before
@@ -19,21 +19,26 @@ namespace preact {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kPixels = 32;     // of a tile
 constexpr int kStageRows = 16;  // of g, by a warp
 
-// Of dW a warp has up to 32 input by 64 output channels, of g 16 pixels by half of the inputs.
-template <int kWarpsDown_>
+// Of dW a warp has up to 32 by 32 channels, kWarpsDown of them next to one another along the
+// inputs; of g 16 pixels by a share of the inputs. Registers are spared for kBlocks blocks of a
+// multiprocessor.
+template <int kWarps_, int kWarpsDown_, int kBlocks_>
 struct BackwardTile {
-  static constexpr int kWarpsDown = kWarpsDown_;
-  static constexpr int kInputs = 32 * kWarpsDown, kOutputs = 64 * (kWarps / kWarpsDown);
-  static constexpr int kGradN = kInputs / 2 / 8;
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps, kWarpsDown = kWarpsDown_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kInputs = 32 * kWarpsDown, kOutputs = 32 * (kWarps / kWarpsDown);
+  static constexpr int kGradWarps = kWarps / 2;  // next to one another
+  static constexpr int kGradChannels = std::max(kInputs / kGradWarps, 16);
   // 8 floats are left free, so that mma's layout does not meet in a bank.
-  static constexpr int kResultPitch = kInputs / 2 + 8;
+  static constexpr int kResultPitch = kGradChannels + 8;
 };
-using InputsTile = BackwardTile<4>;
-using OutputsTile = BackwardTile<1>;
+using SmallTile = BackwardTile<4, 2, 4>;    // 64 inputs, 64 outputs
+using InputsTile = BackwardTile<8, 4, 2>;   // 128, 64
+using OutputsTile = BackwardTile<8, 2, 2>;  // 64, 128
+using WidestTile = BackwardTile<16, 2, 1>;  // 64, 256
 
 // What a block does, and where things lie in its shared memory, in bytes from its start. Rows of
 // channels are a piece longer than the channels, so that ldmatrix finds eight in different banks.
@@ -56,6 +61,7 @@ struct ResidualSum {
 
 // How the threads of a block share rows of channels: each has a column of pieces, and every step-th
 // row from the first one on.
+template <int kThreads>
 struct Rows {
   int column, first, step;
 
@@ -75,7 +81,7 @@ struct Rows {
 };
 
 // Starts the copies of a tile of which `pixels` are there; the rows of the others are zero.
-template <typename T>
+template <typename T, class Rows>
 PREACT_DEVICE void fetch_rows(const Rows& rows, const T* from, int64_t channels, int pixels,
                               int pitch, T* to) {
 #pragma unroll 1
@@ -83,22 +89,18 @@ PREACT_DEVICE void fetch_rows(const Rows& rows, const T* from, int64_t channels,
     copy_piece(to + row * pitch + rows.column, from + row * channels + rows.column, row < pixels);
 }
 
-// Blocks of a multiprocessor for which registers are spared: SiLU would spill them with three.
-constexpr int blocks_of(Activation activation) { return activation == Activation::kRelu ? 3 : 2; }
-
 template <typename T, Activation kActivation, class Tile>
-__global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_backward_kernel(
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void preact_conv_backward_kernel(
     const BackwardTiling tiling, const Gradient<T> grad, const ResidualSum<T> sum,
     const Channels input_channels, const T* input, const float* affine, const Weight weight,
     const T* addend, T* g,
     float* partial,  // [splits, K, C]
     const ReductionMemory memory,
     float* sums) {  // [2, C] or null
-  const int64_t c = input_channels.count;
+  const int c = static_cast<int>(input_channels.count);
   const int outputs = static_cast<int>(grad.channels.count);
-  const int64_t first_channel = int64_t{blockIdx.y} * Tile::kInputs;
-  const int inputs =
-      c - first_channel < Tile::kInputs ? static_cast<int>(c - first_channel) : Tile::kInputs;
+  const int first_channel = static_cast<int>(blockIdx.y) * Tile::kInputs;
+  const int inputs = c - first_channel < Tile::kInputs ? c - first_channel : Tile::kInputs;
   const int input_pitch = tiling.input_pitch, output_pitch = tiling.output_pitch;
   const bool deferred = !grad.plain();
 
@@ -122,8 +124,9 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
     return reinterpret_cast<T*>(shared + tiling.third) + slot * kPixels * output_pitch;
   };
 
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const Rows input_rows(inputs), output_rows(outputs);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = warp_number();
+  using BlockRows = Rows<Tile::kThreads>;
+  const BlockRows input_rows(inputs), output_rows(outputs);
   const int64_t all_tiles = (tiling.pixels + kPixels - 1) / kPixels;
   const int splits = static_cast<int>(gridDim.x);
   const int tiles = static_cast<int>((all_tiles - blockIdx.x + splits - 1) / splits);
@@ -157,18 +160,18 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
                weight.stride_k, outputs - row, input_pitch, weights + row * input_pitch);
   const int copied = tiling.stages - 1;  // tiles
   for (int tile = 0; tile < copied; ++tile) fetch(tile, tile, tile);
-  for (int i = thread * kPiece; i < inputs; i += kThreads * kPiece) {
+  for (int i = thread * kPiece; i < inputs; i += Tile::kThreads * kPiece) {
     const Affine bn(affine, input_channels, first_channel + i);
     bn.write(input_bn + spaced(i), tiling.input_bn_pitch);
   }
-  for (int i = thread * kPiece; deferred && i < outputs; i += kThreads * kPiece) {
+  for (int i = thread * kPiece; deferred && i < outputs; i += Tile::kThreads * kPiece) {
     const BnGrad<T> bn(grad.affine, grad.sums, grad.inverse_count, grad.channels, i);
     bn.write(output_bn + spaced(i), tiling.output_bn_pitch);
   }
   __syncthreads();
 
   // of dW
-  constexpr int kM = 2, kN = 8;
+  constexpr int kM = 2, kN = 4;
   const int warp_input = warp % Tile::kWarpsDown * tiling.input_span;
   const int warp_output = warp / Tile::kWarpsDown * tiling.output_span;
   const auto at_most = [](int left, int span) { return left < span ? left : span; };
@@ -181,7 +184,7 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
   const int pieces = tiling.grad_span / kPiece, rows = 32 / pieces;
   const int my_channel = warp_channel + lane % pieces * kPiece;
   const int my_row = lane / pieces < rows && my_channel < inputs
-                         ? Rows::spread(lane / pieces, pieces)
+                         ? BlockRows::spread(lane / pieces, pieces)
                          : kStageRows;
   float* const result =
       reinterpret_cast<float*>(shared + tiling.result) + warp * kStageRows * Tile::kResultPitch;
@@ -245,7 +248,7 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
             [&](int n, int p) { return dy + (p0 + p) * output_pitch + warp_output + n; });
     }
     if (live <= 0) continue;
-    float dh[1][Tile::kGradN][4] = {};
+    float dh[1][Tile::kGradChannels / 8][4] = {};
 #pragma unroll 1
     for (int k0 = 0; k0 < outputs; k0 += 16)
       multiply<T, false, true>(
@@ -256,15 +259,13 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
           [&](int n, int k) { return weights + (k0 + k) * input_pitch + warp_channel + n; });
     __syncwarp();  // the results before have been read
 #pragma unroll
-    for (int n = 0; n < Tile::kGradN; ++n)
+    for (int n = 0; n < Tile::kGradChannels / 8; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         store_shared(reinterpret_cast<float2*>(result + (8 * h + lane / 4) * Tile::kResultPitch +
                                                8 * n + lane % 4 * 2),
                      make_float2(dh[0][n][2 * h], dh[0][n][2 * h + 1]));
     __syncwarp();
-    const Affine bn = Affine::read(input_bn + spaced(my_row < kStageRows ? my_channel : 0),
-                                   tiling.input_bn_pitch);
 #pragma unroll 1
     for (int row = my_row; row < kStageRows; row += rows) {
       if (warp_pixel + row >= pixels) continue;
@@ -272,6 +273,7 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
       Piece v, of_input;
       read_piece(result + row * Tile::kResultPitch + my_channel - warp_channel, v);
       read_piece(u + (warp_pixel + row) * input_pitch + my_channel, of_input);
+      const Affine bn = Affine::read(input_bn + spaced(my_channel), tiling.input_bn_pitch);
       if (addend) {
         Piece added;
         load_piece(addend + to, kPiece, true, added);
@@ -306,8 +308,8 @@ __global__ __launch_bounds__(kThreads, blocks_of(kActivation)) void preact_conv_
                             splits,
                             static_cast<int>(blockIdx.x),
                             first_channel,
-                            2 * tiling.grad_span};
-  const int my_sums = lane / pieces < rows ? warp % 2 * rows + lane / pieces : 2 * rows;
+                            inputs};
+  const int my_sums = my_row < kStageRows ? warp % 2 * rows + lane / pieces : 2 * rows;
   reduce(reduction, reduced, my_channel / kPiece, my_sums, 2 * rows,
          reinterpret_cast<float*>(shared + tiling.inputs), [&](int64_t i, const Sums& total) {
            store(sums + i, total.s1);
@@ -333,8 +335,8 @@ BackwardTiling lay_out(const PreactConvDgrad& op, int stages) {
   t.input_bn_pitch = spaced(static_cast<int>(inputs));
   t.output_bn_pitch = spaced(static_cast<int>(k));
   t.input_span = span(inputs, Tile::kWarpsDown);
-  t.output_span = span(k, kWarps / Tile::kWarpsDown);
-  t.grad_span = span(inputs, 2);
+  t.output_span = span(k, Tile::kWarps / Tile::kWarpsDown);
+  t.grad_span = span(inputs, Tile::kGradWarps);
   t.stages = stages;
   const int64_t input_bytes = kPixels * t.input_pitch * kBytes;
   const int64_t output_bytes = kPixels * t.output_pitch * kBytes;
@@ -342,7 +344,7 @@ BackwardTiling lay_out(const PreactConvDgrad& op, int stages) {
   t.weights = t.output_bn + (op.grad.output ? BnGrad<bf16>::kRows * t.output_bn_pitch * kFloat : 0);
   t.activated = t.weights + ceil_div(k, kPixels) * input_bytes;
   t.result = t.activated + 2 * input_bytes;
-  t.inputs = t.result + kWarps * kStageRows * Tile::kResultPitch * kFloat;
+  t.inputs = t.result + Tile::kWarps * kStageRows * Tile::kResultPitch * kFloat;
   t.grads = t.inputs + stages * input_bytes;
   t.second = t.grads + stages * output_bytes;
   t.third = t.second + (op.grad.output ? stages - 1 : 0) * output_bytes;
@@ -350,7 +352,7 @@ BackwardTiling lay_out(const PreactConvDgrad& op, int stages) {
   // The reduction comes when nobody needs the tiles any more.
   t.total =
       std::max(t.third + (op.grad.residual ? stages - 1 : 0) * output_bytes,
-               t.inputs + reduce_floats(Sums::kValues, rows, 2 * t.grad_span, kThreads) * kFloat);
+               t.inputs + reduce_floats(Sums::kValues, rows, inputs, Tile::kThreads) * kFloat);
   return t;
 }
 
@@ -363,10 +365,10 @@ void run(const CudaRuntime& runtime, const PreactConvDgrad& op, void* dweight) {
   const auto kernel = preact_conv_backward_kernel<T, kActivation, Tile>;
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
   const BackwardTiling tiling =
-      lay_out<Tile>(op, choose_stages(runtime, kernel, kThreads, kAny,
+      lay_out<Tile>(op, choose_stages(runtime, kernel, Tile::kThreads, kAny,
                                       [&](int stages) { return lay_out<Tile>(op, stages).total; }));
 
-  const int64_t resident = resident_blocks(kernel, kThreads, tiling.total, runtime.device) *
+  const int64_t resident = resident_blocks(kernel, Tile::kThreads, tiling.total, runtime.device) *
                            multiprocessors(runtime.device);
   const int64_t tiles = ceil_div(pixels, kPixels);
   const int64_t of_output = 1 + (op.grad.output ? 1 : 0) + (op.grad.residual ? 2 : 0);  // tensors
@@ -379,10 +381,11 @@ void run(const CudaRuntime& runtime, const PreactConvDgrad& op, void* dweight) {
   if (op.sums) memory = {runtime, Sums::kValues, splits, c, groups};
   const ResidualSum<T> sum{static_cast<const T*>(op.grad.residual), static_cast<T*>(op.grad.dy)};
   launch("preact_conv_backward", kernel,
-         {static_cast<unsigned>(splits), static_cast<unsigned>(groups)}, kThreads, tiling.total,
-         runtime.device, runtime.stream, tiling, Gradient<T>(op.grad, op.shape.output), sum,
-         channels_of(c, {}), static_cast<const T*>(op.input), static_cast<const float*>(op.affine),
-         op.weight, static_cast<const T*>(op.addend), static_cast<T*>(op.g), partial, memory,
+         {static_cast<unsigned>(splits), static_cast<unsigned>(groups)}, Tile::kThreads,
+         tiling.total, runtime.device, runtime.stream, tiling,
+         Gradient<T>(op.grad, op.shape.output), sum, channels_of(c, {}),
+         static_cast<const T*>(op.input), static_cast<const float*>(op.affine), op.weight,
+         static_cast<const T*>(op.addend), static_cast<T*>(op.g), partial, memory,
          static_cast<float*>(op.sums));
   runtime.sum_partial({partial, static_cast<float*>(dweight), splits, 1, k, c}, runtime.context);
 }
@@ -390,8 +393,11 @@ void run(const CudaRuntime& runtime, const PreactConvDgrad& op, void* dweight) {
 // Calls f<Tile>() with the tile of a convolution.
 template <typename F>
 auto dispatch_tile(const PreactConvDgrad& op, const F& f) {
-  if (op.shape.output.channels <= InputsTile::kOutputs) return f.template operator()<InputsTile>();
-  return f.template operator()<OutputsTile>();
+  const int64_t c = op.shape.input.channels, k = op.shape.output.channels;
+  if (k > OutputsTile::kOutputs) return f.template operator()<WidestTile>();
+  if (k > SmallTile::kOutputs) return f.template operator()<OutputsTile>();
+  if (c > SmallTile::kInputs) return f.template operator()<InputsTile>();
+  return f.template operator()<SmallTile>();
 }
 
 // Whether the kernel has such a convolution, all that it reads and writes are vectors, and the
@@ -404,7 +410,8 @@ bool in_one_kernel(const CudaRuntime& runtime, const PreactConvDgrad& op) {
   const bool two_bytes = op.dtype == Dtype::kBFloat16 || op.dtype == Dtype::kFloat16;
   const OutputGrad& dy = op.grad;
   return two_bytes && is_pointwise(op.shape) && op.affine && !op.frozen && c % 16 == 0 &&
-         k % 16 == 0 && (fits(InputsTile::kOutputs, 256) || fits(OutputsTile::kOutputs, 64)) &&
+         k % 16 == 0 &&
+         (fits(InputsTile::kOutputs, 256) || fits(WidestTile::kOutputs, WidestTile::kInputs)) &&
          channels_of(c, {op.input, op.affine, op.addend, op.g}).vectors &&
          channels_of(k, {dy.grad, dy.output, dy.affine, dy.sums, dy.residual, dy.dy}).vectors &&
          weight_channels(op.weight, c).vectors &&

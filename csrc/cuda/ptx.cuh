@@ -90,6 +90,13 @@ PREACT_DEVICE float reciprocal(float x) {
   return out;
 }
 
+// --- threads ------------------------------------------------------------------------------------
+
+// The warp's number in its block, which the compiler knows to be the same in all lanes.
+PREACT_DEVICE int warp_number() {
+  return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
+}
+
 // --- memory --------------------------------------------------------------------------------------
 
 PREACT_DEVICE unsigned char* shared_memory() {
@@ -246,13 +253,18 @@ inline int64_t most_shared_bytes(int device) {
   return device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// Lets a kernel have so much shared memory. 48 KB it has without; to ask for less would take them.
+// Lets a kernel have so much shared memory. 48 KB it has without. Once for all that the device has:
+// what another thread launches at the same time may take more.
 template <typename... Parameters>
-void allow_shared_bytes(void (*kernel)(Parameters...), int64_t bytes) {
-  if (bytes > 48 * 1024)
+void allow_shared_bytes(void (*kernel)(Parameters...), int64_t bytes, int device) {
+  if (bytes <= 48 * 1024) return;
+  static Remembered<bool, 2> allowed;
+  allowed.get({reinterpret_cast<int64_t>(kernel), device}, [&] {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
+                               static_cast<int>(most_shared_bytes(device))),
           "cudaFuncSetAttribute");
+    return true;
+  });
 }
 
 // How many blocks of a kernel a multiprocessor has room for at once.
@@ -263,7 +275,7 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shar
   return known.get({reinterpret_cast<int64_t>(kernel), threads, shared_bytes, device}, [&] {
     int blocks = 0;
     check(cudaSetDevice(device), "cudaSetDevice");
-    allow_shared_bytes(kernel, shared_bytes);
+    allow_shared_bytes(kernel, shared_bytes, device);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
                                                         static_cast<size_t>(shared_bytes)),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
@@ -279,7 +291,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             int64_t shared_bytes, int device, void* stream, const Arguments&... arguments) {
   check(cudaSetDevice(device), name);
-  allow_shared_bytes(kernel, shared_bytes);
+  allow_shared_bytes(kernel, shared_bytes, device);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid.x, grid.y, grid.z);
   config.blockDim = dim3(threads);

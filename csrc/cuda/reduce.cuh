@@ -201,7 +201,7 @@ PREACT_DEVICE void reduce(const Reduction& r, const PiecePartial& mine, int colu
   const auto at = [&](int value, int row, int c) {
     // The threads that write the same channel of their pieces find it in different banks.
     const int i = row * r.width + c;
-    return shared + value * rows * r.width + (i ^ i / 32 % kPiece);
+    return shared + value * rows * r.width + (i ^ (i / 32 + i / 256) % kPiece);
   };
   float* const merged = shared + kValues * rows * r.width;
 

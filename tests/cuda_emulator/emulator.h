@@ -127,6 +127,8 @@ inline float reciprocal(float x) { return std::nextafter(1.f / x, 2.f); }
 
 // --- memory --------------------------------------------------------------------------------------
 
+inline int warp_number() { return static_cast<int>(threadIdx.x) / 32; }
+
 inline unsigned char* shared_memory() { return emulator::shared(); }
 
 template <typename T>

@@ -26,7 +26,6 @@ inline void barrier_wait(Barrier* barrier, int phase) {
     emulator::sleep(barrier);
 }
 
-inline int warp_number() { return static_cast<int>(threadIdx.x) / 32; }
 inline int lane_number() { return static_cast<int>(threadIdx.x) % 32; }
 
 struct Asked {

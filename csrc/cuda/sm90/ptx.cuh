@@ -65,11 +65,6 @@ PREACT_DEVICE void barrier_wait(Barrier* barrier, int phase) {
 
 // --- roles ---------------------------------------------------------------------------------------
 
-// The warp's number in its block, which the compiler knows to be the same in all lanes.
-PREACT_DEVICE int warp_number() {
-  return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
-}
-
 // The thread's number in its warp. What is made of it is made anew each time, and is in no register
 // meanwhile.
 PREACT_DEVICE int lane_number() {
