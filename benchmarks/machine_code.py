@@ -291,6 +291,7 @@ def compile_cubins(
 ) -> dict[tuple[str, str], tuple[Path, str]]:
     """By architecture and file: the cubin, and what ptxas said. Raises where nvcc warns.
 
+    Or where it says that products by wgmma wait for each other, which it does not call a warning.
     With sm_90a, its own kernels as well.
     """
     jobs = [(a, f) for f in files for a in architectures]
@@ -304,6 +305,8 @@ def compile_cubins(
         command = [nvcc(), *FLAGS, code, str(CSRC / file), "-o", str(cubin)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+        waiting = re.findall(r".*\(C75\d\d\).*", result.stderr)
+        assert not waiting, waiting
         return cubin, result.stderr
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:

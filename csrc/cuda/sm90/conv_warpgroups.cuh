@@ -288,8 +288,7 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
                           kCore);
           const Operand b(work.weights(weights.slot), kDgrad ? kCore : t.shared.weight_plane,
                           kDgrad ? t.shared.weight_plane : kCore);
-#pragma unroll 1
-          for (int k = 0; k < depth; ++k, add = true) {
+          const auto multiply = [&](int k) {
             products_begin();
             const Operand b_k = b.moved(k * (kDgrad ? 2 * kCore : 2 * t.shared.weight_plane));
 #pragma unroll
@@ -297,7 +296,13 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
               warpgroup_multiply<false, kDgrad>(
                   sums[i], a.moved(2 * k * t.shared.source_plane + i * kProductRows * kCoreRow),
                   b_k, add, T{});
-          }
+            add = true;
+          };
+#pragma unroll 1
+          for (int k = 0; k < depth - 1; ++k) multiply(k);
+          // Where a group ends in a loop, ptxas ends it by an empty product behind the loop, and
+          // nothing stays under way while the next step is waited for.
+          multiply(depth - 1);
           products_commit();
           products_wait<1>();
           release();
@@ -330,13 +335,15 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
 #pragma unroll
       for (int h0 = 0; h0 < 2; h0 += kHalves) {
         __syncwarp();  // the rows before have been read
+        // anew: over the rows, its register would be spilled
+        const int storing = lane_number();
+        float* const to = stage + storing / 4 * Tile::kStagePitch + storing % 4 * 2;
 #pragma unroll
         for (int h = h0; h < h0 + kHalves; ++h)
 #pragma unroll
           for (int j = 0; j < kSums / 4; ++j)
             store_shared(
-                reinterpret_cast<float2*>(stage + (8 * (h - h0) + lane / 4) * Tile::kStagePitch +
-                                          spaced(8 * j) + lane % 4 * 2),
+                reinterpret_cast<float2*>(to + 8 * (h - h0) * Tile::kStagePitch + spaced(8 * j)),
                 make_float2(sums[i][4 * j + 2 * h], sums[i][4 * j + 2 * h + 1]));
         __syncwarp();
         // not before: their registers are those of the sums

@@ -57,7 +57,7 @@ struct Run {
     if (line.gap == 0) return;
     const unsigned of_image = static_cast<unsigned>(line.of_image());
     const unsigned pitch = static_cast<unsigned>(line.pitch());
-    const unsigned shifted = static_cast<unsigned>(first + line.of_image());
+    const unsigned shifted = static_cast<unsigned>(first) + of_image;
     const unsigned images = shifted / of_image, rest = shifted - images * of_image;
     image = static_cast<int>(images) - 1;
     row = static_cast<int>(rest / pitch);
