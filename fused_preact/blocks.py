@@ -6,7 +6,7 @@ forward, and nothing is cached. A child that somebody replaced, hooked or patche
 instead, and with it the whole unit runs child by child.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch.nn.functional as F
@@ -69,6 +69,8 @@ class PreActUnit(nn.Module):
         unit = self._read() if isinstance(input, Tensor) else None
         if unit is None:
             return self._call_children(input)
+        if self._drops():
+            return self._call_dropping(input, unit)
         return functional.preact_units(input, [unit], activation=self.activation)
 
     def extra_repr(self) -> str:
@@ -79,7 +81,7 @@ class PreActUnit(nn.Module):
         has to be called."""
         modules: dict[str, Any] = self._modules
         shortcut = modules["shortcut"]
-        if _has_any_global_hook() or (self.dropout and self.training):
+        if _has_any_global_hook():
             return None
         if not is_unchanged(shortcut, nn.Sequential) or len(shortcut._modules) > 1:
             return None
@@ -101,6 +103,25 @@ class PreActUnit(nn.Module):
             "preact" if self.preact == "both_preact" else "input",
             read_conv(shortcut[0]) if shortcut._modules else None,
         )
+
+    def _drops(self) -> bool:
+        return bool(self.dropout) and self.training
+
+    def _call_dropping(self, input: Tensor, unit: Unit) -> Tensor:
+        """The unit, cut where dropout lies: before its last convolution."""
+        bns, convs = list(unit.bns), list(unit.convs)
+        last_bn, last_conv = bns.pop(), convs.pop()
+        assert last_bn is not None
+        u = shortcut = input
+        if unit.shortcut == "preact" and bns[0] is not None:  # read by branch and projection
+            u = shortcut = functional.bn_activation(input, bns[0], self.activation)
+            bns[0] = None
+        if unit.projection is not None:
+            shortcut = functional.preact_unit(shortcut, [None], [unit.projection])
+        u = functional.preact_unit(u, bns, convs, activation=self.activation)
+        h = functional.bn_activation(u, last_bn, self.activation)
+        h = F.dropout(h, self.dropout)
+        return functional.preact_unit(h, [None], [last_conv], residual=shortcut)
 
     def _call_children(self, input: Tensor) -> Tensor:
         activate = _ACTIVATIONS[self.activation]
@@ -209,20 +230,30 @@ ReadUnit = Callable[[nn.Module], tuple[Unit, str] | None]  # a unit and its acti
 def call_in_turn(modules: Iterable[nn.Module], input: Tensor, read: ReadUnit) -> Tensor:
     """What calling the modules one after the other returns; those that are units share calls."""
     together: list[Unit] = []
+    counted: set[int] = set()  # by whom
     activation = ""
     for module in modules:
         found = read(module) if isinstance(input, Tensor) else None
-        if together and (found is None or found[1] != activation):
+        counters = set() if found is None else {id(bn.counter) for bn in _counting(found[0])}
+        again = not counted.isdisjoint(counters)
+        if together and (found is None or found[1] != activation or again):
             input = functional.preact_units(input, together, activation=activation)
-            together = []
+            together, counted = [], set()
+            if again:  # where momentum is None it goes by what has been counted
+                found = read(module)
         if found is None:
             input = module(input)
         else:
             together.append(found[0])
+            counted |= counters
             activation = found[1]
     if together:
         input = functional.preact_units(input, together, activation=activation)
     return input
+
+
+def _counting(unit: Unit) -> Iterator[BatchNorm]:
+    return (bn for bn in unit.bns if bn is not None and bn.counter is not None)
 
 
 def read_unit(module: nn.Module) -> tuple[Unit, str] | None:
@@ -231,6 +262,7 @@ def read_unit(module: nn.Module) -> tuple[Unit, str] | None:
         not isinstance(module, PreActUnit)
         or type(module).forward is not PreActUnit.forward
         or not is_unchanged(module, type(module))
+        or module._drops()
     ):
         return None
     unit = module._read()

@@ -368,11 +368,11 @@ class _PreActUnits(Function):
             dx if needs_input else None,
             dy if needs_residual else None,
             None,
-            *_where(needs_weights, dweights),
+            *map(_laid_out_as, saved[n : 2 * n], _where(needs_weights, dweights)),
             *_where(needs_gammas, dgammas),
             *_where(needs_betas, dbetas),
             *(None,) * n,
-            *_where(needs_projections, dprojections),
+            *map(_laid_out_as, saved[2 * n :], _where(needs_projections, dprojections)),
         )
 
 
@@ -383,6 +383,14 @@ def _split(values: Sequence[Any], n: int) -> list[Sequence[Any]]:
 
 def _where(needs: Sequence[bool], grads: Sequence[Tensor]) -> Iterator[Tensor | None]:
     return (grad if need else None for need, grad in zip(needs, grads, strict=True))
+
+
+def _laid_out_as(weight: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """A weight's gradient, of a 1x1 with its strides: others mean the same, but DDP warns."""
+    if weight is None or grad is None or weight.stride() == grad.stride():
+        return grad
+    same = weight.is_contiguous() and grad.is_contiguous()
+    return grad.as_strided(weight.shape, weight.stride()) if same else grad
 
 
 def _all_to(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

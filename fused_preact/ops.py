@@ -60,6 +60,9 @@ _DTYPES = {
 # ResNet-164 (at most 2^30.2 at batch 128) is faster fused and PreActResNet-18 (2^32.2) is not.
 _COMPOSED_FROM = {torch.bfloat16: 2**19}
 _COMPOSED_FROM_CUDA = 2**31
+# Values of a kernel, on a CPU: in float32 on AVX-512 a 5x5 is as fast by either, a 7x7 that keeps
+# the image's size up to 1.2 times, one as large as its image up to four times as fast by PyTorch's.
+_MOST_CPU_TAPS = 25
 # One pixel's window has to fit into the least shared memory of a GPU that the kernels run on.
 _MOST_CUDA_TAPS = 49
 _ENVIRONMENT = "FUSED_PREACT_BACKEND"
@@ -129,12 +132,13 @@ def plan_convs(operators: Any, convs: Sequence[Any], input: Tensor) -> list[bool
     if operators is reference or _forced not in ("auto", "composed"):
         return [False] * len(convs)
     per_value, much = _much_work(input)
+    most_taps = _most_taps(input)
     return [
         _forced == "composed"
         or conv.weight.numel() * per_value >= much
         or conv.dilation != (1, 1)
         or conv.groups != 1
-        or (input.is_cuda and _taps(conv) > _MOST_CUDA_TAPS)
+        or _taps(conv) > most_taps
         for conv in convs
     ]
 
@@ -148,10 +152,21 @@ def _much_work(input: Tensor) -> tuple[int, float]:
     """What a weight's value counts, and from what sum on PyTorch's convolution is faster."""
     if input.is_cuda:
         return input.shape[0] * input.shape[2] * input.shape[3], _COMPOSED_FROM_CUDA
-    # PyTorch takes several times as long where the processor has no instruction for it.
-    if input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+    if _is_slow_in_pytorch(input.dtype):
         return 1, math.inf
     return 1, _COMPOSED_FROM.get(input.dtype, math.inf)
+
+
+def _most_taps(input: Tensor) -> float:
+    """Values of a kernel, beyond which PyTorch's convolution is faster, or the only one."""
+    if input.is_cuda:
+        return _MOST_CUDA_TAPS
+    return math.inf if _is_slow_in_pytorch(input.dtype) else _MOST_CPU_TAPS
+
+
+def _is_slow_in_pytorch(dtype: torch.dtype) -> bool:
+    """On a CPU: float64, and bfloat16 where the processor has no instruction for it."""
+    return dtype == torch.float64 or (dtype == torch.bfloat16 and not _multiplies_bfloat16())
 
 
 def _taps(conv: Any) -> int:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_preact
 from fused_preact import PreActBlock, PreActBottleneck, functional, ops
+from fused_preact.blocks import PreActUnit
 
 UNITS = {"basic": (PreActBlock, EagerBlock), "bottleneck": (PreActBottleneck, EagerBottleneck)}
 KINDS = ("normal", "both_preact", "no_preact")
@@ -373,10 +374,13 @@ def test_backend_eager(backend_name):
         assert_same(fused, eager, images)
 
 
+@pytest.mark.parametrize("preact", [None, *KINDS])
+@pytest.mark.parametrize("planes", [None, 6], ids=["identity", "projection"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_dropout(backend_name, unit, runs_fused):
-    """Before the last convolution, in training only; without it the unit runs fused."""
-    fused, eager, images = make(unit)
+def test_dropout(backend_name, unit, planes, preact, runs_fused, monkeypatch):
+    """Before the last convolution, in training only: what lies around it runs fused."""
+    monkeypatch.delattr(PreActUnit, "_call_children")
+    fused, eager, images = make(unit, planes=planes, preact=preact)
     fused.dropout = 0.3
     last = eager.conv2 if unit == "basic" else eager.conv3
     handle = last.register_forward_pre_hook(lambda m, args: F.dropout(args[0], 0.3, True))
@@ -385,6 +389,16 @@ def test_dropout(backend_name, unit, runs_fused):
     handle.remove()
     assert_same(fused.eval(), eager.eval(), images)
     assert runs_fused() == 1
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_have_their_parameters_strides(layout):
+    """As autograd's layout contract has it, and DistributedDataParallel expects."""
+    fused, _, images = make(planes=6, dtype=torch.float32)
+    fused.to(memory_format=layout)
+    fused(images).sum().backward()
+    for name, parameter in fused.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
 
 
 # --- hooks on units ------------------------------------------------------------------------------

@@ -49,6 +49,19 @@ def test_stage_equals_plain_layers(backend_name, unit, training, activation):
     assert_same(fused.train(training), eager.train(training), images)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_unit_that_comes_twice(backend_name, momentum, calls):
+    """Counts both, one after the other: without a momentum the second weighs less."""
+    fused, eager, images = make(3)
+    for model in (fused, eager):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+    repeated = PreActStage(*fused, fused[2], fused[1])
+    assert_same(repeated, nn.Sequential(*eager, eager[2], eager[1]), images)
+    assert calls == [3, 2]
+
+
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
 def test_bits_of_units_called_one_by_one(mode, calls):
     """On the CPU kernels; mixed: some BatchNorms are frozen."""

@@ -131,6 +131,24 @@ def test_bfloat16_is_composed_where_it_is_multiplied(wide_from_nine_taps, monkey
         assert ops.plan_convs(torch.ops.fused_preact, [conv], input) == [multiplies]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "side", "composed"),
+    [
+        (torch.float32, 5, False),
+        (torch.float32, 7, True),
+        (torch.bfloat16, 7, True),
+        (torch.float64, 7, False),
+    ],
+    ids=str,
+)
+def test_large_kernels_are_composed(dtype, side, composed, monkeypatch):
+    """Where PyTorch has fast convolutions."""
+    monkeypatch.setattr(ops, "_multiplies_bfloat16", lambda: True)
+    input = torch.empty(1, 8, 9, 9, dtype=dtype)
+    conv = Conv(torch.empty(8, 8, side, side))
+    assert ops.plan_convs(torch.ops.fused_preact, [conv], input) == [composed]
+
+
 def test_forced_kernels_stay(wide_from_nine_taps, called):
     """Who asks for a backend gets its kernels, whatever the width."""
     case = make_case(torch.float32, (4, 16, 8, 7), BOTTLENECK, **PROJECTION).to(torch.float32)
