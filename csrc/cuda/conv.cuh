@@ -386,12 +386,15 @@ PREACT_DEVICE void store_numbers(T* shared, const T* global, int64_t stride, int
 }
 
 // The row of a tile, kPieces pieces each, that thread i copies. Eight threads are one pass over the
-// banks: of rows that take 64 + 16 bytes they must have two that are 4 apart.
+// banks: of rows that take 64 + 16 bytes they must have two that are 4 apart, of 32 + 16 bytes four
+// that are 2 apart.
 template <typename T, int kPieces>
 PREACT_DEVICE int row_of_thread(int i) {
   const int row = i / kPieces;
   if constexpr (kPieces * kPiece * sizeof(T) == 64)
     return row / 8 * 8 + row % 2 * 4 + row % 8 / 2;
+  else if constexpr (kPieces * kPiece * sizeof(T) == 32)
+    return row / 8 * 8 + row % 4 * 2 + row % 8 / 4;
   else
     return row;
 }
@@ -514,8 +517,10 @@ PREACT_DEVICE void fetch_weights(const Weight& weight, int64_t output_channels,
                                  const Channels& channels, int64_t k0, int64_t c0, int tap_row,
                                  int tap, int taps, int tap_step, T* shared) {
   constexpr int kPieces = kColumns / kPiece, kRowStep = kThreads / kPieces;
-  static_assert(kRowStep * kPieces == kThreads && kRowStep % 8 == 0 && kRows % kRowStep == 0);
+  static_assert(kRowStep * kPieces == kThreads && kRowStep % 8 == 0);
+  static_assert(kRows % kRowStep == 0 || kRowStep % kRows == 0);
   const int thread = static_cast<int>(threadIdx.x), row = row_of_thread<T, kPieces>(thread);
+  if (row >= kRows) return;
   const int column = thread % kPieces * kPiece, valid = channels.valid(c0 + column);
   const int64_t left = valid > 0 ? output_channels - k0 : 0;
   const int rows_left = left < kRows ? static_cast<int>(left) : kRows;

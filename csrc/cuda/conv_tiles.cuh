@@ -1,10 +1,11 @@
 // The kernel body of preact_conv_forward and preact_conv_dgrad: tiles of 128 pixels by 64 channels,
-// or larger ones where there is as much, so that fewer blocks copy and transform the same pixels.
+// by 32 where there is less, or larger ones where there is as much, so that fewer blocks copy and
+// transform the same pixels.
 //
 // Blocks stay: each walks over tiles of the same channels, with the weights resident in shared
-// memory where they are small. A step is 32 source channels and up to three taps in one row of the
-// kernel; while it is multiplied, the copies of the next one to three are under way. So are the
-// first copies of the next tiles while each warp, by itself, stores its results of this one.
+// memory where they are small. A step is 16 or 32 source channels and up to three taps in one row
+// of the kernel; while it is multiplied, the copies of the next one to three are under way. So are
+// the first copies of the next tiles while each warp, by itself, stores its results of this one.
 #pragma once
 
 #include "conv.cuh"
@@ -12,14 +13,8 @@
 
 namespace preact::cuda {
 
-constexpr int kWarpChannels = 64;
-constexpr int kChunk = 32;  // source channels of a step
 constexpr int kTapsPerStep = 3;
-
-constexpr int kStagePitch = spaced(kWarpChannels);
-constexpr int kStageRows = 16;  // of a warp's results that are on their way at once
-
-constexpr int64_t kStageBytes = kStageRows * kStagePitch * static_cast<int64_t>(sizeof(float));
+constexpr int kStageRows = 16;                 // of a warp's results that are on their way at once
 constexpr int64_t kResidentBytes = 48 * 1024;  // of weights that stay
 
 // Where a tile's window and results lie.
@@ -27,11 +22,13 @@ struct TilePlaces {
   Place source, result;
 };
 
-// What a block has: results of kPixels pixels and kAcross times 64 channels. A warp has kWarpPixels
-// of them and 64 channels; the more pixels, the less often all warps read the same weights.
-template <int kPixels_, int kAcross_, int kWarpPixels_>
+// What a block has: results of kPixels pixels and kAcross times kWarpChannels channels. A warp has
+// kWarpPixels of them and kWarpChannels; the more pixels, the less often all warps read the same
+// weights. A step has kChunk channels of the source.
+template <int kPixels_, int kAcross_, int kWarpPixels_, int kWarpChannels_ = 64, int kChunk_ = 32>
 struct ConvTile {
   static constexpr int kPixels = kPixels_, kAcross = kAcross_, kWarpPixels = kWarpPixels_;
+  static constexpr int kWarpChannels = kWarpChannels_, kChunk = kChunk_;
   static constexpr int kChannels = kAcross * kWarpChannels;
   static constexpr bool kSilu = kWarpPixels == 32;  // or ReLU alone: SiLU's registers would spill
   static constexpr int kWarpsDown = kPixels / kWarpPixels;
@@ -41,6 +38,11 @@ struct ConvTile {
   static constexpr int kBlocks = kWarpPixels == 16 ? 2 : 1;
   // Rows whose epilogue reads at once, where registers are left for it.
   static constexpr int kReads = kWarpPixels == 16 || kPixels == 256 ? 1 : 2;
+  // Rows 8 banks apart, for the products' layout.
+  static constexpr int kStagePitch = kWarpChannels + 8;
+  static_assert(spaced(kWarpChannels) <= kStagePitch);
+  static constexpr int64_t kStageBytes =
+      kStageRows * kStagePitch * static_cast<int64_t>(sizeof(float));
   // Of a warp: its stage, and where in the result tensor each of its pixels goes.
   static constexpr int64_t kWarpBytes =
       kStageBytes + kWarpPixels * static_cast<int64_t>(sizeof(int64_t));
@@ -63,6 +65,7 @@ using BusyTile = ConvTile<128, 1, 16>;
 using WideTile = ConvTile<128, 2, 32>;
 using LargeTile = ConvTile<256, 2, 64>;
 using WidestTile = ConvTile<128, 4, 64>;
+using NarrowTile = ConvTile<128, 1, 16, 32, 16>;
 
 // Windows, weights, the second tensors and what is inside of windows are rings: slots are used in
 // turn.
@@ -89,12 +92,13 @@ __host__ __device__ constexpr int taps_of_step(int taps) {
   return taps < kTapsPerStep ? taps : kTapsPerStep;
 }
 
-// A shared tile of weights for one tap: forward [64 of K, 32 of C], dgrad [32 of K, 64 of C]; or
-// 128, or 256.
+// A shared tile of weights for one tap: forward [kChannels of K, kChunk of C], dgrad [kChunk of K,
+// kChannels of C].
 template <typename T, bool kDgrad, class Tile>
-constexpr int kWeightPitch = pitch<T>(kDgrad ? Tile::kChannels : kChunk, kDgrad);
+constexpr int kWeightPitch = pitch<T>(kDgrad ? Tile::kChannels : Tile::kChunk, kDgrad);
 template <typename T, bool kDgrad, class Tile>
-constexpr int kWeightTile = (kDgrad ? kChunk : Tile::kChannels) * kWeightPitch<T, kDgrad, Tile>;
+constexpr int kWeightTile =
+    (kDgrad ? Tile::kChunk : Tile::kChannels) * kWeightPitch<T, kDgrad, Tile>;
 
 // steps_of_chunk are the fewest that any phase has.
 template <typename T, bool kDgrad, class Tile>
@@ -102,7 +106,8 @@ SharedLayout shared_layout(int window_pixels, bool two, const Axis& r, const Axi
                            int64_t source_channels, int steps_of_chunk, int stages) {
   constexpr int64_t kBytes = sizeof(T);
   const int64_t step = int64_t{taps_of_step(c.taps)} * kWeightTile<T, kDgrad, Tile> * kBytes;
-  const int64_t all = step * r.taps * steps_across(c.taps) * ceil_div(source_channels, kChunk);
+  const int64_t all =
+      step * r.taps * steps_across(c.taps) * ceil_div(source_channels, Tile::kChunk);
   SharedLayout layout{};
   layout.resident = all <= kResidentBytes;
   layout.waiting = static_cast<int>(ceil_div(stages - 1, steps_of_chunk));
@@ -111,7 +116,7 @@ SharedLayout shared_layout(int window_pixels, bool two, const Axis& r, const Axi
   layout.inside = layout.weights + (layout.resident ? all : stages * step);
   layout.windows =
       layout.inside + layout.waiting * Tile::kThreads * static_cast<int64_t>(sizeof(uint32_t));
-  layout.window_bytes = int64_t{window_pixels} * pitch<T>(kChunk, false) * kBytes;
+  layout.window_bytes = int64_t{window_pixels} * pitch<T>(Tile::kChunk, false) * kBytes;
   layout.second = layout.windows + layout.windows_count * layout.window_bytes;
   layout.stages = layout.second + (two ? layout.waiting * layout.window_bytes : 0);
   // The reduction comes when nobody needs the windows any more.
@@ -137,11 +142,11 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
   const SharedLayout empty = layout(0, 2);
   const int64_t free_bytes = most_shared_bytes(runtime.device) - empty.stages - Tile::kStagesBytes;
   const int64_t pixel_bytes = (empty.windows_count + (two ? empty.waiting : 0)) *
-                                  pitch<T>(kChunk, false) * static_cast<int64_t>(sizeof(T)) +
+                                  pitch<T>(Tile::kChunk, false) * static_cast<int64_t>(sizeof(T)) +
                               static_cast<int64_t>(sizeof(RegionPixel));
   const int64_t most_window =
       std::min<int64_t>((free_bytes - kTableRounding) / pixel_bytes,
-                        kMostPiecesPerThread * Tile::kThreads / (kChunk / kPiece));
+                        kMostPiecesPerThread * Tile::kThreads / (Tile::kChunk / kPiece));
   tiling.patch = choose_patch(images, r, c, Tile::kPixels, static_cast<int>(most_window));
   const int window = tiling.patch.window(r, c);
   const auto total = [&](int stages) { return layout(window, stages).total; };
@@ -160,10 +165,11 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
 
 // Calls run.operator()<Tile>(): in 16 bits the largest tile that leaves nothing over, with blocks
 // enough to fill the device and room in its shared memory, and that gives no multiprocessor more to
-// multiply than WideTile does.
+// multiply than WideTile does. The narrow one where channels are few, so that two blocks have room
+// in a multiprocessor, or pixels, so that twice as many multiprocessors have one.
 template <typename T, typename F>
 void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixels,
-                 int64_t channels, F&& run) {
+                 int64_t channels, int64_t source_channels, F&& run) {
   if constexpr (sizeof(T) == 2) {
     const int64_t all = multiprocessors(runtime.device);
     const auto tiles = [&]<class Tile>(const Tile&) {
@@ -181,7 +187,13 @@ void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixe
     if (fills(WidestTile(), kWidestBytes)) return run.template operator()<WidestTile>();
     if (fills(LargeTile(), kWidestBytes)) return run.template operator()<LargeTile>();
     if (fills(WideTile(), kWideBytes)) return run.template operator()<WideTile>();
-    if (activation == Activation::kRelu) return run.template operator()<BusyTile>();
+    if (activation == Activation::kRelu) {
+      const bool few_channels = std::max(channels, source_channels) <= NarrowTile::kChannels;
+      const bool few_blocks =
+          ceil_div(pixels, NarrowTile::kPixels) * ceil_div(channels, NarrowTile::kChannels) <= all;
+      if (few_channels || few_blocks) return run.template operator()<NarrowTile>();
+      return run.template operator()<BusyTile>();
+    }
   }
   run.template operator()<SmallTile>();
 }
@@ -192,6 +204,7 @@ struct Step {
   int tile = 0, channel = 0, row = 0, first_tap = 0;
 
   PREACT_DEVICE bool begins_chunk() const { return row == 0 && first_tap == 0; }
+  template <int kChunk>
   PREACT_DEVICE void advance(int taps_down, int taps_across, int channels) {
     first_tap += kTapsPerStep;
     if (first_tap < taps_across) return;
@@ -218,7 +231,9 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
                               const Source& source, const Weight& weight, const Channels& result,
                               int64_t height, int64_t width, const Epilogue& epilogue,
                               const ReductionMemory& memory, const Reduced& reduced) {
-  constexpr int kPitch = pitch<T>(kChunk, false);
+  constexpr int kPitch = pitch<T>(Tile::kChunk, false);
+  constexpr int kChunk = Tile::kChunk, kWarpChannels = Tile::kWarpChannels;
+  constexpr int kStagePitch = Tile::kStagePitch;
   constexpr int kM = Tile::kWarpPixels / 16, kN = kWarpChannels / 8;
   const SharedLayout& layout = tiling.shared;
   unsigned char* const shared = shared_memory();
@@ -302,7 +317,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
         fetch_step_weights(ahead, weights_at(ahead_slots.weights));
         ahead_slots.weights = next_slot(ahead_slots.weights, tiling.stages);
       }
-      ahead.advance(r.taps, c.taps, source_channels);
+      ahead.template advance<kChunk>(r.taps, c.taps, source_channels);
     }
     copies_commit();
   };
@@ -315,7 +330,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   });
   if (layout.resident) {
     Step step;
-    for (int i = 0; i < steps; ++i, step.advance(r.taps, c.taps, source_channels))
+    for (int i = 0; i < steps; ++i, step.template advance<kChunk>(r.taps, c.taps, source_channels))
       fetch_step_weights(step, weights_at(i));
   }
   if (thread == 0)
@@ -328,7 +343,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
   const int my_channel = first_channel + warp_channel + column * kPiece;
   unsigned char* const of_warp = shared + layout.stages + thread / 32 * Tile::kWarpBytes;
   float* const stage = reinterpret_cast<float*>(of_warp);
-  int64_t* const pixel_starts = reinterpret_cast<int64_t*>(of_warp + kStageBytes);
+  int64_t* const pixel_starts = reinterpret_cast<int64_t*>(of_warp + Tile::kStageBytes);
   typename Epilogue::Thread mine(epilogue, my_channel);
   typename Epilogue::Vectors vectors;
 
@@ -377,7 +392,7 @@ PREACT_DEVICE void conv_tiles(const ConvTiling& tiling, const Axis& r, const Axi
         }
       }
       slots.weights = next_slot(slots.weights, weight_slots);
-      now.advance(r.taps, c.taps, source_channels);
+      now.template advance<kChunk>(r.taps, c.taps, source_channels);
       if (now.begins_chunk()) slots.window = next_slot(slots.window, layout.windows_count);
     }
 

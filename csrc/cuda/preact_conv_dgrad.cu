@@ -63,7 +63,7 @@ void preact_conv_dgrad(const CudaRuntime& runtime, const PreactConvDgrad& op) {
       most_of(s.input.width, s.output.width, s.kernel_width, s.stride_width, s.pad_left);
   const int phases = static_cast<int>(s.stride_height * s.stride_width);
   dispatch_conv_dtype(op, [&]<typename T>() {
-    choose_tile<T>(runtime, op.activation, s.input.pixels(), c, [&]<class Tile>() {
+    choose_tile<T>(runtime, op.activation, s.input.pixels(), c, k, [&]<class Tile>() {
       const int64_t groups = ceil_div(c, Tile::kChannels);
       const Gradient<T> source(op.grad, op.shape.output);
       const auto kernel = preact_conv_dgrad_kernel<T, Tile>;

@@ -43,7 +43,7 @@ void preact_conv_forward(const CudaRuntime& runtime, const PreactConvForward& op
   const Axis columns = forward_axis(s.input.width, s.output.width, 0,
                                     static_cast<int>(s.kernel_width), s.stride_width, s.pad_left);
   dispatch_conv_dtype(op, [&]<typename T>() {
-    choose_tile<T>(runtime, op.activation, s.output.pixels(), k, [&]<class Tile>() {
+    choose_tile<T>(runtime, op.activation, s.output.pixels(), k, c, [&]<class Tile>() {
       const int64_t groups = ceil_div(k, Tile::kChannels);
       const auto kernel = preact_conv_forward_kernel<T, Tile>;
       const auto [tiling, grid] = tile_conv<T, false, Tile>(runtime, kernel, images, rows, columns,

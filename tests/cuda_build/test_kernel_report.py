@@ -147,14 +147,18 @@ def test_small_1x1_gradients_have_one_kernel(emulator):
 
 @needs_code
 def test_main_loops_multiply(kernels):
-    """What the report calls the main loop holds every kernel's multiplications, and their loads."""
+    """What the report calls the main loop holds every kernel's multiplications, and their loads.
+
+    In tiles of 32 channels by 16 of the source a tap has four, and as much else to do.
+    """
     for (architecture, _), instances in kernels.items():
         for kernel in instances:
             if "preact_conv" in kernel.name and "f16" in kernel.name:
                 loop = kernel.main_loop
-                assert loop.count("HMMA") >= 16, f"sm_{architecture} {kernel.name}"
+                of_tap, others = (4, 10) if ", 32, 16>" in kernel.name else (16, 8)
+                assert loop.count("HMMA") >= of_tap, f"sm_{architecture} {kernel.name}"
                 assert 0 < loop.count("LDSM") < loop.count("HMMA")
-                assert len(loop.instructions) < 8 * loop.count("HMMA")
+                assert len(loop.instructions) <= others * loop.count("HMMA")
 
 
 def code(*lines: str) -> list[Instruction]:

@@ -44,8 +44,10 @@ SHAPES = [
     Shape(3, 40, 7, 9, 72, (3, 3), (2, 2), (1, 1, 1, 1)),
     Shape(4, 8, 8, 8, 128, (3, 3), padding=(1, 1, 1, 1)),
     Shape(2, 128, 11, 13, 8, (3, 3), (2, 2), (1, 1, 1, 1)),
+    Shape(2, 32, 6, 9, 32, (3, 3), padding=(1, 1, 1, 1)),
+    Shape(2, 24, 7, 10, 32, (3, 3), (2, 2), (1, 1, 1, 1)),
 ]
-# Of both gradients of a 1x1: both tiles; one and two groups of input channels, the last one
+# Of both gradients of a 1x1: all tiles; one and two groups of input channels, the last one
 # narrower; spans that are no power of two; fewer pixels than a tile has, and a last tile with some.
 POINTWISE = [
     Shape(2, 16, 1, 1, 16, (1, 1)),

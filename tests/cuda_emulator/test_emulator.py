@@ -352,11 +352,15 @@ def test_order_of_threads_and_blocks_does_not_matter(emulator, shape):
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
-# Wide and narrow tiles, one step of a chunk and several, resident weights and streamed ones.
+# Tiles of 128, 64 and 32 channels, one step of a chunk and several, resident weights and streamed
+# ones.
 STAGED = [
     Shape(2, 96, 8, 8, 128, (1, 1)),
     Shape(2, 96, 8, 8, 64, (3, 3), padding=(1, 1, 1, 1)),
     Shape(2, 96, 8, 8, 64, (3, 3), (2, 2), (1, 1, 1, 1)),
+    Shape(3, 96, 8, 8, 128, (1, 1)),
+    Shape(5, 96, 8, 8, 64, (3, 3), padding=(1, 1, 1, 1)),
+    Shape(2, 160, 8, 8, 160, (3, 3), (2, 2), (1, 1, 1, 1)),
 ]
 
 
@@ -432,8 +436,27 @@ def test_checks_name_the_argument(emulator):
 
 def conv_tile(launch):
     """Pixels and channels of a block of forward or dgrad."""
-    pixels, across, _ = map(int, re.search(r"ConvTile<([\d, ]+)>", launch.kernel)[1].split(","))
-    return pixels, 64 * across
+    tile = re.search(r"ConvTile<([\d, ]+)>", launch.kernel)[1]
+    pixels, across, _, channels, _ = map(int, tile.split(","))
+    return pixels, channels * across
+
+
+def test_few_channels_have_a_tile_of_their_own(emulator):
+    """Of 32 channels, where neither operand has more; in 16 bits and with ReLU.
+
+    And where there are so few pixels that all its blocks run at once.
+    """
+
+    def tile(channels, filters, dtype=torch.bfloat16, activation="relu", multiprocessors=1):
+        shape = Shape(4, channels, 8, 8, filters, (3, 3), padding=(1, 1, 1, 1))
+        with emulator.recording(multiprocessors, 99 * 1024) as launches:
+            run(emulator.operators, shape, dtype, activation, True)
+        return {conv_tile(one)[1] for one in launches if "ConvTile" in one.kernel}
+
+    assert tile(16, 16) == tile(32, 32) == tile(8, 24, torch.float16) == {32}
+    assert tile(16, 64) == tile(40, 32) == {64}
+    assert tile(16, 16, torch.float32) == tile(16, 16, activation="silu") == {64}
+    assert tile(64, 64) == {64} and tile(64, 64, multiprocessors=4) == {32}
 
 
 def test_large_tiles_need_room_and_blocks_enough(emulator):

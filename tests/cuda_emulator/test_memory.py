@@ -271,6 +271,7 @@ STRIDED = {("conv.cuh", MATRIX_READ, 16): 1.5}
         (128, 128, 1, VECTORS | WIDE),
         (128, 128, 3, VECTORS | WIDE),
         (32, 32, 3, VECTORS | NARROW),
+        (16, 16, 3, VECTORS | NARROW),
         (64, 16, 1, VECTORS | NARROW),
     ],
 )
@@ -306,7 +307,7 @@ def test_gradients_of_a_1x1_use_whole_sectors(emulator, channels, filters):
 
 
 def test_stride_2_takes_the_window_in_two_passes(emulator):
-    layer = Layer(torch.bfloat16, 64, 64, 3, stride=2)
+    layer = Layer(torch.bfloat16, 64, 128, 3, stride=2)
     assert waste_of(emulator, layer) == VECTORS | STRIDED
 
 
