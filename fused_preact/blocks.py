@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeGuard, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.utils import _pair
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import functional
@@ -22,6 +23,10 @@ UNIT_KINDS = ("normal", "both_preact", "no_preact")
 Layer = TypeVar("Layer", bound=nn.Module)
 
 _ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+_FORWARDS: dict[type[nn.Module], Any] = {  # PyTorch's, as they are before somebody patches them
+    kind: kind.forward
+    for kind in (nn.BatchNorm2d, nn.Conv2d, nn.Identity, nn.ReLU, nn.Sequential, nn.SiLU)
+}
 _BNS, _CONVS = ("bn1", "bn2", "bn3"), ("conv1", "conv2", "conv3")  # children by the layer
 
 
@@ -294,6 +299,8 @@ def is_unchanged(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     return (
         (type(module) is kind or type_before_parametrizations(module) is kind)
         and "forward" not in module.__dict__
+        and "_conv_forward" not in module.__dict__  # which nn.Conv2d.forward calls
+        and kind.forward is _FORWARDS.get(kind, kind.forward)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -326,10 +333,12 @@ def read_batch_norm(bn: nn.BatchNorm2d) -> BatchNorm:
 
 def read_conv(conv: Any) -> Conv:
     """The settings of a plain nn.Conv2d."""
-    rows, columns = conv.padding
-    padding = (rows, rows, columns, columns)
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    if not type(stride) is type(padding) is type(dilation) is tuple:  # one was set later
+        stride, padding, dilation = map(_pair, (stride, padding, dilation))
+    rows, columns = padding
     weight = _tensor(conv, conv._parameters, "weight")
-    return Conv(weight, conv.stride, padding, conv.dilation, conv.groups)
+    return Conv(weight, stride, (rows, rows, columns, columns), dilation, conv.groups)
 
 
 def _tensor(module: nn.Module, registered: Mapping[str, Any], name: str) -> Any:

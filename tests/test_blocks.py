@@ -87,6 +87,16 @@ def test_unit_keeps_the_tolerance_rule(backend_name, unit, preact, stride, train
     assert_rule(fused.train(training), eager, images)
 
 
+@pytest.mark.parametrize("settings", [{"stride": 1}, {"padding": 1}, {"padding": 2, "dilation": 2}])
+def test_settings_of_a_convolution_may_be_ints(settings, runs_fused):
+    """As nn.Conv2d takes them when they are set later."""
+    fused, eager, images = make("basic")
+    for unit in (fused, eager):
+        vars(unit.conv1).update(settings)
+    assert_same(fused, eager, images)
+    assert runs_fused() == 1
+
+
 @pytest.mark.parametrize("stride_at", ["conv1", "conv2"])
 def test_stride_at(backend_name, stride_at):
     fused, eager, images = make(stride=2, stride_at=stride_at)

@@ -1,11 +1,16 @@
 """convert() on networks as others write them: the same results, by fewer kernels."""
 
+import argparse
 import copy
+import enum
 import gc
+import inspect
 import pickle
 import random
+import types
 import weakref
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -23,7 +28,9 @@ from eager_models import (
     results,
 )
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import fused_preact
 from fused_preact.conversion.concatenation import concatenate
@@ -350,6 +357,16 @@ class LooksAtValues(Layers):
         return y if y.sum() > 0 else -y
 
 
+class LooksAtABuffer(Layers):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("doubled", torch.tensor(False))
+
+    def forward(self, x):
+        y = self.conv(F.relu(self.bn(x)))
+        return 2 * y if self.doubled else y
+
+
 class Checkpointed(Layers):
     def forward(self, x):
         return checkpoint(lambda x: self.conv(F.relu(self.bn(x))), x, use_reentrant=False) + (
@@ -374,6 +391,7 @@ class AnyArguments(Layers):
         (DrawsByPython, "it draws random numbers by itself"),
         (MakesTensors, "it makes a tensor of its own"),
         (LooksAtValues, "TraceError: symbolically traced variables cannot be used as inputs"),
+        (LooksAtABuffer, "TraceError: symbolically traced variables cannot be used as inputs"),
         (Checkpointed, ""),
         (AnyArguments, "it takes *inputs"),
     ],
@@ -387,6 +405,70 @@ def test_a_forward_that_cannot_be_read_is_left(kind, why):
     assert conversion.left["bn"].startswith(f"the forward of the model cannot be read: {why}")
     assert vars(module) == before and getattr(module, "seen", []) == []
     assert getattr(module, "cache", {"h": None}) == {"h": None}
+
+
+class DrawsByNumpy(Layers):
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(x))) if np.random.rand() < 0.5 else x
+
+
+class DrawsForATensor(Layers):
+    """Which then is looked at, and that alone cannot be read."""
+
+    def forward(self, x):
+        return self.conv(F.relu(self.bn(x))) if (x + torch.rand(1)).sum() > 0 else x
+
+
+@pytest.mark.parametrize("kind", [Draws, DrawsByPython, DrawsByNumpy, DrawsForATensor])
+def test_converting_draws_no_random_numbers(kind):
+    """Those that follow are the same with it and without."""
+    drawn = []
+    for convert in (fused_preact.convert, lambda module: None):
+        module = kind()
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        convert(module)
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    ("compiled", "why"),
+    [
+        (torch.fx.symbolic_trace, "the forward of 0 cannot be read: it is a graph already"),
+        (torch.jit.script, "it is no plain BatchNorm2d, but a RecursiveScriptModule"),
+        (
+            lambda module: torch.jit.trace(module, torch.randn(2, 8, 6, 6)),
+            "it is no plain BatchNorm2d, but a TracedModule",
+        ),
+    ],
+    ids=["fx", "scripted", "traced"],
+)
+def test_graphs_are_left(compiled, why):
+    """And what stands beside them is not."""
+    unit = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False)).eval()
+    eager = copy.deepcopy(unit)
+    model = nn.Sequential(compiled(copy.deepcopy(unit)), unit)
+    kind = type(model[0])
+    conversion = fused_preact.convert(model)
+    assert conversion.fused == {"1": ["0 relu 2"]} and list(conversion.left) == ["0.0"]
+    assert conversion.left["0.0"].startswith(why)
+    assert type(model[0]) is kind and not model[0].training
+    images = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(model(images), eager(eager(images)))
+
+
+def test_a_graph_can_be_compiled_and_copied_again():
+    """As feature extractors are in train() and eval()."""
+    extractor = create_feature_extractor(randomise(preact(EagerBlock)), ["layer2", "linear"])
+    eager = copy.deepcopy(extractor)
+    fused_preact.convert(extractor)
+    extractor.recompile()
+    images = torch.randn(2, 3, 8, 8)
+    expected = eager.eval()(images)
+    for module in (extractor, copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor))):
+        for name, tensor in module.eval()(images).items():
+            assert torch.equal(tensor, expected[name])
 
 
 class ReadTwice(Layers):
@@ -450,6 +532,27 @@ class AddsRow(Layers):
 
     def forward(self, x):
         return self.conv(F.relu(self.bn(x))) + self.row
+
+
+class Scales(Layers):
+    """By a number as np.linspace gives it for stochastic depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = np.linspace(0, 1, 5)[1]
+
+    def forward(self, x):
+        return x + self.conv(F.relu(self.bn(x))) * self.scale
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_numbers_of_numpy(copied):
+    eager = Scales().double()
+    module = copy.deepcopy(eager)
+    assert fused_preact.convert(module).fused == {"": ["bn relu conv"]}
+    images = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    assert calls(copied(module), images)
+    assert_same(module, eager, images)
 
 
 @pytest.mark.parametrize("kind", [AddsInPlace, AddsRow])
@@ -614,6 +717,206 @@ def test_changed_layers_count(change, fused):
     assert_same(model, unit, images)
 
 
+class Way(enum.Enum):
+    SHORT = 1
+    LONG = 2
+
+
+class Switched(nn.Module):
+    """Reads what it does from attributes of many kinds."""
+
+    doubled = False
+    factors = {"all": 1}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.conv1, self.conv2 = (nn.Conv2d(8, 8, 3, 1, 1, bias=False) for _ in "12")
+        self.more = nn.ModuleList()
+        self.act = F.relu
+        self.way = Way.SHORT
+        self.active = [True, [False]]
+        self.options = {"twice": False}
+        self.args = argparse.Namespace(twice=False)
+        self.shift = 0.0
+
+    @property
+    def is_long(self):
+        return self.way is Way.LONG
+
+    def branch(self, x):
+        return self.conv1(self.act(self.bn1(x)))
+
+    def forward(self, x):
+        h = self.branch(x)
+        if self.active[1][0] or self.options["twice"] or self.args.twice or self.is_long:
+            h = self.conv2(F.relu(self.bn2(h)))
+        for layer in self.more:
+            h = layer(h)
+        if hasattr(self, "scale"):
+            h = self.scale * h
+        return (2 if self.doubled else self.factors["all"]) * (x + h) + self.shift
+
+
+def circular(self, input, weight, bias):
+    """A convolution for images whose borders meet."""
+    return F.conv2d(F.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+def replaced(name, value, *path):
+    """Of an object, or of its attribute at the path."""
+
+    def change(module, monkeypatch):
+        for step in path:
+            module = getattr(module, step)
+        monkeypatch.setattr(module, name, value, raising=False)
+
+    return change
+
+
+CHANGES = {
+    "a class attribute on the instance": replaced("doubled", True),
+    "a class attribute on the class": lambda _, patch: patch.setattr(Switched, "doubled", True),
+    "a dict of the class": lambda _, patch: patch.setattr(Switched, "factors", {"all": 3}),
+    "in a dict of the class": lambda _, patch: patch.setitem(Switched.factors, "all", 3),
+    "a missing attribute": replaced("scale", 2),
+    "a function": replaced("act", F.silu),
+    "an enum": replaced("way", Way.LONG),
+    "a list": replaced("active", [True, [True]]),
+    "in a list in a list": lambda module, _: module.active[1].insert(0, True),
+    "in a dict": lambda module, _: module.options.update(twice=True),
+    "in a Namespace": replaced("twice", True, "args"),
+    "in a ModuleList": lambda module, _: module.more.append(nn.ReLU()),
+    "a number by a tensor": replaced("shift", torch.ones(8, 1, 1)),
+    "a number by tensors": replaced("shift", torch.ones(8, 8, 6, 6)[0]),
+    "a method of the instance": lambda module, patch: patch.setattr(
+        module, "branch", types.MethodType(lambda self, x: 2 * x, module)
+    ),
+    "a method of the class": lambda _, patch: patch.setattr(
+        Switched, "branch", lambda self, x: 2 * x
+    ),
+    "forward of the class": lambda _, patch: patch.setattr(
+        Switched, "forward", lambda self, x: 3 * x
+    ),
+    "a property": lambda _, patch: patch.setattr(Switched, "is_long", True),
+    "a convolution's method": lambda module, patch: patch.setattr(
+        module.conv1, "_conv_forward", types.MethodType(circular, module.conv1), raising=False
+    ),
+    "forward of nn.Conv2d": lambda _, patch: patch.setattr(
+        nn.Conv2d, "forward", lambda self, x: circular(self, x, self.weight, None)
+    ),
+}
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_forward_reads_counts(change, copied, monkeypatch):
+    """Until it changes a module is fused, and so is its pickle; then it runs as PyTorch's do."""
+    eager = randomise(Switched())
+    module = copy.deepcopy(eager)
+    fused_preact.convert(module)
+    module = copied(module)
+    images = torch.randn(2, 8, 6, 6)
+    assert calls(module, images)
+    module.load_state_dict(eager.state_dict())
+    before = eager(images)
+    torch.testing.assert_close(module(images), before)
+    for m in (eager, module):
+        CHANGES[change](m, monkeypatch)
+    after = eager(images)
+    assert not calls(module, images) and not torch.allclose(after, before)
+    torch.testing.assert_close(module(images), after)
+    fused_preact.convert(module)
+    torch.testing.assert_close(module(images), after)
+
+
+def test_what_forward_does_not_read_does_not_count():
+    module = Switched()
+    module.epoch, module.seen = 0, []
+    fused_preact.convert(module)
+    module.epoch, module.seen = 3, [torch.ones(2), torch.ones(2)]
+    assert calls(module, torch.randn(2, 8, 6, 6))
+    assert calls(copy.deepcopy(module), torch.randn(2, 8, 6, 6))
+
+
+class HoldsTensors(Layers):
+    """It looks at how many there are."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.tensors = tensors
+
+    def forward(self, x):
+        return len(self.tensors) * self.conv(F.relu(self.bn(x)))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda tensors: dict(enumerate(tensors))])
+def test_attributes_that_hold_tensors(kind):
+    """Two of several values cannot be compared: copies run as before."""
+    eager = HoldsTensors(kind([torch.zeros(3), torch.ones(3)]))
+    module = copy.deepcopy(eager)
+    fused_preact.convert(module)
+    images = torch.randn(2, 8, 6, 6)
+    assert calls(module, images)
+    for copied in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        torch.testing.assert_close(copied(module)(images), copied(eager)(images))
+    module.tensors = eager.tensors = kind([torch.ones(3)])
+    torch.testing.assert_close(module(images), eager(images))
+
+
+class Counts(nn.Module):
+    """A parametrization that says how often it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, weight):
+        self.runs += 1
+        return weight
+
+
+class TwoUnits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Layers(), Layers()
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x):
+        h = self.pool(self.first.conv(F.relu(self.first.bn(x))))
+        return self.second.conv(F.relu(self.second.bn(h)))
+
+
+def test_parametrizations_run_once_a_forward():
+    """And not as they are converted, nor once more where a later unit is hooked."""
+    unit, model = Counts(), Counts()
+    row = nn.Sequential(WideUnit(8, 8, 1), WideUnit(8, 8, 1))
+    two = TwoUnits()
+    parametrize.register_parametrization(row[0].conv1, "weight", unit, unsafe=True)
+    parametrize.register_parametrization(two.first.conv, "weight", model, unsafe=True)
+    unit.runs = model.runs = 0
+    for module in (row, two):
+        assert fused_preact.convert(module).fused
+        fused_preact.convert(module)
+    assert unit.runs == model.runs == 0
+    images = torch.randn(2, 8, 6, 6)
+    row(images), two(images)
+    assert unit.runs == model.runs == 1
+    two.second.conv.register_forward_hook(lambda *_: None)
+    two(images)
+    assert model.runs == 2
+
+
+def test_converting_leaves_spectral_norms():
+    """Their power iterations go on from where they were."""
+    model = nn.Sequential(WideUnit(8, 8, 1), WideUnit(8, 8, 1))
+    for unit in model:
+        parametrizations.spectral_norm(unit.conv1)
+    before = copy.deepcopy(model.state_dict())
+    fused_preact.convert(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_dropout_in_timms_batch_norm_is_heeded():
     """Its own layer for it, which only a few of its networks use."""
     layers = nn.Sequential(timm.layers.BatchNormAct2d(8), nn.Conv2d(8, 8, 3, bias=False))
@@ -683,6 +986,75 @@ def test_converting_again_changes_nothing():
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_what_has_changed_is_converted_anew():
+    """And reported."""
+    model = preact(EagerBlock)
+    fused_preact.convert(model)
+    changed = model.layer1[0]
+    changed.bn2 = nn.GroupNorm(2, 8)
+    again = fused_preact.convert(model)
+    assert again.fused == {"layer1.0": ["bn1 relu conv1"]} and again.left == {}
+    assert calls(changed, torch.randn(2, 8, 6, 6))
+
+
+@pytest.mark.parametrize("name", ["basic", "wide", "torchvision DenseNet"])
+def test_slices_of_a_sequential(name):
+    """They are new modules, of children that were converted."""
+    eager, model = pair(name)
+    rows = [
+        (ours, theirs)
+        for ours, theirs in zip(model.modules(), eager.modules(), strict=True)
+        if isinstance(ours, Converted) and type(theirs) is nn.Sequential
+    ]
+    assert rows
+    for ours, theirs in rows:
+        channels = next(m.in_channels for m in ours.modules() if isinstance(m, nn.Conv2d))
+        images = torch.randn(2, channels, 16, 16)
+        torch.testing.assert_close(ours[:-1].eval()(images), theirs[:-1].eval()(images))
+        images.requires_grad_()
+        assert type(ours)()(images) is images
+        fused_preact.convert(ours[:-1])
+        fused_preact.unconvert(ours[:-1])
+
+
+@pytest.mark.parametrize("name", ["basic", "wide", "torchvision DenseNet", "torchvision ResNet"])
+def test_symbolically_traced(name):
+    """torch.fx sees PyTorch's layers, and so do feature extractors, which are traced by it."""
+    eager, model = pair(name)
+    graph = torch.fx.symbolic_trace(model)
+    theirs = torch.fx.symbolic_trace(eager)
+    assert [node.target for node in graph.graph.nodes] == [n.target for n in theirs.graph.nodes]
+    assert_same(graph.double(), eager.double(), torch.randn(2, 3, 40, 40, dtype=torch.float64))
+
+
+def test_features_are_extracted():
+    eager, model = pair("torchvision DenseNet")
+    images = torch.randn(2, 3, 32, 32)
+    nodes = ["features.denseblock1", "classifier"]
+    expected = create_feature_extractor(eager, nodes).eval()(images)
+    for name, tensor in create_feature_extractor(model, nodes).eval()(images).items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+@pytest.mark.parametrize("name", ["torchvision DenseNet", "torchvision ResNet"])
+def test_exported_with_any_batch_size(name):
+    """torch.export asks forward for the names of its arguments."""
+    eager, model = pair(name)
+    assert inspect.signature(model.forward) == inspect.signature(eager.forward)
+    batch = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    exported = torch.export.export(model.eval(), (torch.randn(2, 3, 32, 32),), dynamic_shapes=batch)
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(exported.module()(images), eager.eval()(images))
+
+
+def test_a_forward_that_was_kept_works_after_unconvert():
+    unit, images = unit_and_images()
+    fused_preact.convert(unit)
+    kept = unit.forward
+    fused_preact.unconvert(unit)
+    assert torch.equal(kept(images), unit(images))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("name", ["basic", "torchvision DenseNet"])
 def test_copies_are_converted(name, copied):
@@ -716,6 +1088,17 @@ def test_compiles_without_a_graph_break():
     eager.eval(), model.eval()
     images = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), eager(images))
+
+
+def test_compiled_code_heeds_what_forward_reads():
+    eager = randomise(Switched().eval())
+    model = copy.deepcopy(eager)
+    fused_preact.convert(model)
+    images = torch.randn(2, 8, 6, 6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), eager(images))
+    eager.args.twice = model.args.twice = True
     torch.testing.assert_close(compiled(images), eager(images))
 
 

@@ -2,13 +2,22 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import PreActStage, PreActUnit
 from ..resnet import PreActResNet
-from .converted import Converted, Row, has_units, install, uninstall
-from .layers import is_batch_norm
+from .converted import (
+    Converted,
+    Row,
+    fused_units,
+    has_units,
+    install,
+    is_current,
+    uninstall,
+)
+from .layers import Layers, is_batch_norm
 from .program import Program
 from .trace import Untraceable, trace
 
@@ -43,10 +52,14 @@ def convert(model: nn.Module) -> Conversion:
     such convolutions before or behind it, and with what is added to the result, it is one unit.
     forward is read once in training and once in evaluation, without running it (torch.fx); so what
     it does must not depend on its tensors' values. A module runs as before while its layers, its
-    attributes (numbers, strings and the like) or its arguments are not what they were then, and
-    while a layer is hooked or patched.
+    methods, the attributes that forward reads (numbers, functions, lists, dicts, Namespaces and the
+    like) or its arguments are not what they were then, and while a layer is hooked or patched;
+    convert() once more reads it as it is now. Not watched are globals, what functions have in their
+    closures, and what an attribute of any other class holds.
 
-    The results are in channels_last, and as close to PyTorch's as those of preact_conv2d.
+    The results are in channels_last, as they are in a PyTorch model with such weights, and as close
+    to PyTorch's as those of preact_conv2d. Where forward has `x.view(len(x), -1)`, write
+    `x.flatten(1)`, or reshape: a view of several dimensions as one may not exist in that format.
     """
     converter = _Converter()
     converter.visit(model, "")
@@ -74,9 +87,12 @@ class _Converter:
         if module in self._seen:
             return
         self._seen.add(module)
-        if isinstance(module, Converted | PreActUnit | PreActStage | PreActResNet):
+        if isinstance(module, PreActUnit | PreActStage | PreActResNet):
             self._opaque.add(module)
             self.fused_bns |= {_join(name, bn) for bn, _ in module.named_modules() if bn}
+            return
+        if isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
+            self._leave(module, name, "it is a graph already, of torch.fx or torch.jit")
             return
         if not module._modules or isinstance(module, _BatchNorm):
             return
@@ -84,6 +100,11 @@ class _Converter:
             self.visit(child, _join(name, child_name))
         if any(child in self._opaque for child in module.children()):
             self._opaque.add(module)
+        if isinstance(module, Converted) and is_current(module):
+            self._opaque.add(module)
+            self._note_bns(name, fused_units(module))
+            return
+        uninstall(module)
         if type(module).forward is not nn.Module.forward:  # of a ModuleList there is none
             self._convert(module, name)
 
@@ -91,29 +112,34 @@ class _Converter:
         try:
             training, evaluation = (self._program(module, mode) for mode in (True, False))
         except Untraceable as why:
-            self.unread[name] = str(why)
-            self._opaque.add(module)
+            self._leave(module, name, str(why))
             return
         units = training.units or evaluation.units
         if units:
             install(module, training, evaluation)
             self.fused[name] = [str(unit) for unit in units]
-            self.fused_bns |= {_join(name, bn) for unit in units for bn in unit.bns if bn}
+            self._note_bns(name, units)
         elif type(module) is nn.Sequential and has_units(module):
             install(module, Row(), Row())
         if isinstance(module, Converted):
             self._opaque.add(module)
 
     def _program(self, module: nn.Module, training: bool) -> Program:
-        graph, inlined = trace(module, self._opaque, training=training)
-        return Program(graph, module, inlined)
+        return Program(trace(module, self._opaque, training=training), module)
+
+    def _note_bns(self, name: str, units: list[Layers]) -> None:
+        self.fused_bns |= {_join(name, bn) for unit in units for bn in unit.bns if bn}
+
+    def _leave(self, module: nn.Module, name: str, why: str) -> None:
+        self.unread[name] = why
+        self._opaque.add(module)
 
     def left(self, model: nn.Module) -> dict[str, str]:
         """BatchNorms that run as before, and why."""
         return {
             name: self._why_left(name, module)
             for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and name not in self.fused_bns
+            if _is_any_batch_norm(module) and name not in self.fused_bns
         }
 
     def _why_left(self, name: str, bn: nn.Module) -> str:
@@ -126,6 +152,12 @@ class _Converter:
                 why = self.unread[parent]
                 return f"the forward of {parent or 'the model'} cannot be read: {why}"
         return "its result does not go to a ReLU or SiLU alone"
+
+
+def _is_any_batch_norm(module: nn.Module) -> bool:
+    """Whether it is one, compiled or not."""
+    compiled_from = module.original_name if isinstance(module, torch.jit.ScriptModule) else ""
+    return isinstance(module, _BatchNorm) or str(compiled_from).startswith("BatchNorm")
 
 
 def _join(name: str, child: str) -> str:

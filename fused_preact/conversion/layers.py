@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .. import blocks
-from ..functional import BatchNorm, Unit
+from ..functional import Unit
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 
@@ -20,24 +20,23 @@ class Layers(NamedTuple):
     projection: str | None
     activation: str
 
-    def read(self, module: nn.Module) -> Unit | None:
-        """Their tensors and settings, if they are PyTorch's own and calling them does no more."""
+    def find(self, module: nn.Module) -> "Found | None":
+        """Them, if they are PyTorch's own and calling them does no more."""
         for name in self.activations:
             if name is not None and not self._is_activation(child(module, name)):
                 return None
-        bns: list[BatchNorm | None] = []
+        bns, convs = [], []
         for name in self.bns:
             bn = None if name is None else child(module, name)
             if name is not None and not is_batch_norm(bn):
                 return None
-            bns.append(None if bn is None else blocks.read_batch_norm(bn))
-        names = self.convs if self.projection is None else (*self.convs, self.projection)
-        convs = [child(module, name) for name in names]
-        if not all(conv is not None and blocks.is_plain_conv(conv) for conv in convs):
-            return None
-        read = [blocks.read_conv(conv) for conv in convs]
-        n = len(self.convs)
-        return Unit(bns, read[:n], self.shortcut, read[n] if self.projection else None)
+            bns.append(bn)
+        for name in self.convs if self.projection is None else (*self.convs, self.projection):
+            conv = child(module, name)
+            if conv is None or not blocks.is_plain_conv(conv):
+                return None
+            convs.append(conv)
+        return Found(self, bns, convs)
 
     def _is_activation(self, layer: nn.Module | None) -> bool:
         return layer is not None and activation_of(layer) == self.activation
@@ -51,6 +50,21 @@ class Layers(NamedTuple):
             words += ["+", *([self.projection, "of"] if self.projection else [])]
             words += ["the input" if self.shortcut == "input" else "the first activation"]
         return " ".join(words)
+
+
+class Found(NamedTuple):
+    """The layers themselves."""
+
+    layers: Layers
+    bns: list[Any]
+    convs: list[Any]  # and the projection, if there is one
+
+    def read(self) -> Unit:
+        """Their tensors and settings."""
+        bns = [None if bn is None else blocks.read_batch_norm(bn) for bn in self.bns]
+        convs = [blocks.read_conv(conv) for conv in self.convs]
+        projection = None if self.layers.projection is None else convs.pop()
+        return Unit(bns, convs, self.layers.shortcut, projection)
 
 
 def child(module: nn.Module, path: str) -> Any:

@@ -4,70 +4,41 @@ import importlib
 import operator
 import types
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import blocks, functional
+from .. import functional
 from ..functional import Unit
 from .concatenation import concatenate
-from .layers import child
+from .layers import Found, child
 from .match import Finder, Match
+from .state import Inlined, Reads
+from .trace import Traced
 
 _CONCATENATIONS = (torch.cat, torch.concat)
 _OF_LISTS = (*_CONCATENATIONS, torch.stack)  # functions whose first argument is one
-_OF_EVERY_MODULE = vars(nn.Module()).keys()  # attributes: `training`, and what nn.Module holds
-_PLAIN = (bool, int, float, str, tuple, type(None))
-
-
-class State(NamedTuple):
-    """What a program takes for granted of a module whose own forward is a part of it."""
-
-    name: str  # below the converted module, which is ""
-    kind: type[nn.Module]
-    children: list[str]
-    attributes: dict[str, Any]  # numbers, strings and the like
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str) -> "State":
-        own = child(module, name)
-        attributes = {
-            attribute: value
-            for attribute, value in vars(own).items()
-            if type(value) in _PLAIN and attribute not in _OF_EVERY_MODULE
-        }
-        return cls(name, type(own), _children(own), attributes)
-
-    def is_that_of(self, module: nn.Module) -> bool:
-        own = child(module, self.name)
-        if own is not module and not (
-            blocks.is_unchanged(own, self.kind) and own.training == module.training
-        ):
-            return False
-        now = vars(own)
-        return _children(own) == self.children and all(
-            name in now and now[name] == value for name, value in self.attributes.items()
-        )
-
-
-def _children(module: nn.Module) -> list[str]:
-    return [name for name, child in module._modules.items() if child is not None]
 
 
 class Program:
     """module.forward in training or in evaluation, compiled from a graph. Never changes."""
 
-    def __init__(self, graph: fx.Graph, module: nn.Module, inlined: Sequence[str]) -> None:
+    def __init__(self, traced: Traced, module: nn.Module) -> None:
+        graph = traced.graph
         identities = _remove_identities(graph, module)
         matches = Finder(graph, module).matches()
         self.units = [match.layers for match in matches]
         self.takes_lists = [_is_list(n) for n in graph.nodes if n.op == "placeholder"]
         self.is_unit = len(matches) == 1 and _is_all(matches[0], graph)
-        names = dict.fromkeys(["", *inlined, *identities])
-        self.states = [State.of(module, name) for name in names]
+        inlined = dict.fromkeys(["", *traced.inlined, *identities])
+        reads = {name: traced.reads.get(name, set()) for name in [*inlined, *traced.reads]}
+        self.states: list[Inlined | Reads] = [
+            *(Inlined.of(name, type(child(module, name))) for name in inlined),
+            *(Reads.of(module, name, attributes) for name, attributes in reads.items()),
+        ]
         _rewrite(graph, matches)
         code = graph.python_code("self")
         self._source, self._globals = code.src, code.globals
@@ -76,21 +47,29 @@ class Program:
     def takes(self, args: Sequence[Any]) -> bool:
         """Whether they are Tensors, or lists of Tensors, where the graph has them."""
         return len(args) == len(self.takes_lists) and all(
-            isinstance(arg, (list, tuple) if takes_list else Tensor)
+            _are_tensors(arg) if takes_list else isinstance(arg, Tensor)
             for arg, takes_list in zip(args, self.takes_lists, strict=True)
         )
 
-    def read(self, module: Any) -> list[Unit] | None:
-        """The units' tensors and settings, if everything is as it was when the graph was made."""
-        if _has_any_global_hook() or not all(s.is_that_of(module) for s in self.states):
+    def find(self, module: nn.Module) -> list[Found] | None:
+        """The units' layers, if everything is as it was when the graph was made."""
+        if _has_any_global_hook():
             return None
-        units = []
+        for state in self.states:
+            if not state.holds(module):
+                return None
+        found = []
         for layers in self.units:
-            unit = layers.read(module)
+            unit = layers.find(module)
             if unit is None:
                 return None
-            units.append(unit)
-        return units
+            found.append(unit)
+        return found
+
+    def read(self, module: nn.Module) -> list[Unit] | None:
+        """Their tensors and settings, of all or none: a parametrization runs as they are read."""
+        found = self.find(module)
+        return None if found is None else [unit.read() for unit in found]
 
     def _compile(self) -> None:
         scope = dict(self._globals)
@@ -131,6 +110,10 @@ def run_unit_and_add(input: Tensor, unit: Unit, activation: str, residual: Tenso
         return run_unit(input, unit, activation) + residual
     bns, convs = unit.bns, unit.convs
     return functional.preact_unit(input, bns, convs, activation=activation, residual=residual)
+
+
+def _are_tensors(arg: Any) -> bool:
+    return isinstance(arg, (list, tuple)) and all(isinstance(item, Tensor) for item in arg)
 
 
 # --- graphs --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import operator
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,16 @@ class Untraceable(Exception):
     """Says why."""
 
 
-def trace(
-    module: nn.Module, opaque: set[nn.Module], *, training: bool
-) -> tuple[fx.Graph, list[str]]:
-    """The graph of module.forward in training or evaluation, and the modules inlined in it.
+class Traced(NamedTuple):
+    """What a module's forward does, and by which modules and attributes."""
+
+    graph: fx.Graph
+    inlined: list[str]  # modules whose own forward is a part of the graph
+    reads: dict[str, set[str]]  # attributes by the module, without those of every nn.Module
+
+
+def trace(module: nn.Module, opaque: set[nn.Module], *, training: bool) -> Traced:
+    """The graph of module.forward in training or evaluation.
 
     Its nodes call layers and the modules in `opaque`; other modules are part of the graph.
     Arguments with a default have it. Raises Untraceable where forward does more than hand tensors
@@ -31,12 +37,12 @@ def trace(
         raise Untraceable("it was given another forward")
     with _as_it_was(module, training):
         try:
-            drawn = _generators()
             tracer = _Tracer(opaque)
-            graph = tracer.trace(module)
-            if _generators() != drawn:
-                raise Untraceable("it draws random numbers by itself")
-            return graph, tracer.inlined
+            with _undrawn():
+                graph = tracer.trace(module)
+            names = {m: name for name, m in module.named_modules()}
+            reads = {names[m]: read for m, read in tracer.reads.items() if m in names}
+            return Traced(graph, tracer.inlined, reads)
         except Untraceable:
             raise
         except Exception as error:
@@ -45,15 +51,20 @@ def trace(
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # so that whoever looks at their values is found out
+
     def __init__(self, opaque: set[nn.Module]) -> None:
         super().__init__()
         self._opaque = opaque
         self._modes = _modes()
+        self._known: list[torch.Tensor] = []
         self.inlined: list[str] = []
+        self.reads: dict[nn.Module, set[str]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layer = isinstance(m, _BatchNorm) or not m._modules
-        if m in self._opaque or layer or super().is_leaf_module(m, module_qualified_name):
+        if m in self._opaque or isinstance(m, _BatchNorm) or not vars(m)["_modules"]:
+            return True
+        if super().is_leaf_module(m, module_qualified_name):
             return True
         self.inlined.append(module_qualified_name)
         return False
@@ -69,17 +80,22 @@ class _Tracer(fx.Tracer):
             if parameter.kind not in positional:
                 raise Untraceable(f"it takes {parameter}")
             args.append(self.create_proxy("placeholder", parameter.name, (), {}))
-        return root_fn, args
+        self._known = [*self.root.parameters(), *self.root.buffers()]
+
+        def forward(*args: Any) -> Any:
+            with _recorded(self.reads):
+                return root_fn(*args)
+
+        return forward, args
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
-            known = (*self.root.parameters(), *self.root.buffers())
-            if not any(a is tensor for tensor in known):
-                raise Untraceable("it makes a tensor of its own")
-        return super().create_arg(a)
+        if isinstance(a, torch.Tensor) and not any(a is tensor for tensor in self._known):
+            raise Untraceable("it makes a tensor of its own")
+        # a graph's code has numbers as repr() gives them
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
@@ -107,6 +123,43 @@ def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), *autocast
 
 
+_OF_EVERY_MODULE = frozenset(dir(nn.Module()))
+
+
+@contextmanager
+def _recorded(reads: dict[nn.Module, set[str]]) -> Iterator[None]:
+    """Notes which attributes of which modules are read; nothing, where only the children are."""
+
+    def read(self: Any, name: str) -> Any:
+        if name == "_modules":
+            reads.setdefault(self, set())
+        elif name not in _OF_EVERY_MODULE:
+            reads.setdefault(self, set()).add(name)
+        return object.__getattribute__(self, name)
+
+    nn.Module.__getattribute__ = read  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+
+
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    """Whoever draws random numbers gets the same afterwards; Untraceable if one was drawn here."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        drawn = _generators()
+        try:
+            yield
+            if _generators() != drawn:
+                raise Untraceable("it draws random numbers by itself")
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
 def _generators() -> list[Any]:
     """The states of all from which random numbers are drawn."""
     _, numbers, position, *_ = np.random.get_state()
@@ -118,7 +171,7 @@ def _generators() -> list[Any]:
 @contextmanager
 def _as_it_was(module: nn.Module, training: bool) -> Iterator[None]:
     """Tracing leaves no trace: Untraceable if forward has written to a module's attributes."""
-    modules = list(module.modules())
+    modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [{name: _copied(value) for name, value in vars(m).items()} for m in modules]
     for m in modules:
         m.training = training
