@@ -38,10 +38,10 @@ def test_no_kernel_spills(kernels):
             if architecture == "80" and largest:
                 continue
             most = 16 if re.match(r"preact_conv_forward_.*<128, 1, 16, 64,", kernel.name) else 0
-            # a pointer, once a window
-            most = 16 if re.match(r"dgrad_by_warpgroups_.*<2, 128,", kernel.name) else most
+            # half a pointer, once for the pieces of dy that are on their way
+            most = 8 if "WgradGroups<1, 3, 64, 128, 1, 2>" in kernel.name else most
             # 512 threads, half of whose registers are sums: spills in the prologue
-            most = 64 if "WgradGroups<4," in kernel.name else most
+            most = 48 if "WgradGroups<4," in kernel.name else most
             assert max(kernel.stack_bytes, kernel.spill_bytes) <= most, (
                 f"{architecture} {kernel.name}"
             )

@@ -28,6 +28,12 @@ SHAPES = [
     Shape(1, 320, 9, 9, 320, (1, 1)),  # the wide tile three times, the last half of it
     Shape(1, 32, 3, 70, 64, (3, 3), padding=PAD),  # rows longer than a piece of a tile
     Shape(1, 16, 2, 1000, 16, (3, 3), padding=PAD),  # the tall tile, of few channels
+    Shape(2, 64, 12, 13, 64, (3, 3), (2, 2), PAD),  # four phases, of 6 x 7 or fewer pixels
+    Shape(3, 128, 11, 8, 136, (3, 3), (2, 2), PAD),
+    Shape(2, 16, 1, 1, 48, (3, 3), (2, 2), PAD),  # three phases have no pixel
+    Shape(1, 40, 16, 50, 24, (3, 3), (2, 2), PAD),
+    Shape(3, 72, 7, 7, 136, (1, 1), (2, 2)),  # three phases have no tap
+    Shape(2, 256, 9, 24, 128, (1, 1), (2, 2)),
 ]
 
 
@@ -41,7 +47,8 @@ def test_shapes_meet_every_tile(emulator):
             tiles[name] |= {tile[1]} if tile else set()
     of_conv = {"1, 64, 3, 1, 2, 88, 64, false", "2, 64, 6, 2, 1, 184, 72, false"}
     of_conv |= {"2, 128, 6, 2, 1, 192, 64, false", "1, 128, 10, 2, 1, 144, 64, true"}
-    of_wgrad = {"1, 3, 64, 256, 1", "2, 1, 128, 128, 2", "4, 1, 128, 128, 1"}
+    of_wgrad = {"1, 3, 64, 256, 1, 1", "2, 1, 128, 128, 2, 1", "4, 1, 128, 128, 1, 1"}
+    of_wgrad |= {"1, 3, 64, 128, 1, 2", "4, 1, 128, 128, 1, 2"}
     assert tiles == dict(zip(NAMES, (of_conv, of_conv, of_wgrad), strict=True))
 
 
@@ -90,8 +97,9 @@ def test_frozen_statistics_match_reference(emulator):
         (SHAPES[1], torch.bfloat16, "silu"),
         (Shape(2, 12, 5, 7, 16, (3, 3), padding=PAD), torch.bfloat16, "relu"),
         (Shape(2, 16, 5, 7, 12, (3, 3), padding=PAD), torch.bfloat16, "relu"),
-        (Shape(2, 16, 6, 6, 16, (3, 3), (2, 2), PAD), torch.bfloat16, "relu"),
-        (Shape(2, 16, 6, 6, 16, (1, 1), (2, 2)), torch.bfloat16, "relu"),
+        (Shape(2, 16, 6, 6, 16, (3, 3), (2, 1), PAD), torch.bfloat16, "relu"),
+        (Shape(2, 16, 6, 6, 16, (3, 3), (3, 3), PAD), torch.bfloat16, "relu"),
+        (Shape(2, 16, 6, 6, 16, (3, 3), (2, 2), (0, 1, 0, 1)), torch.bfloat16, "relu"),
         (Shape(2, 16, 6, 6, 16, (3, 3), padding=(0, 1, 0, 1)), torch.bfloat16, "relu"),
         (Shape(2, 16, 6, 6, 16, (2, 2), padding=(0, 1, 0, 1)), torch.bfloat16, "relu"),
         (Shape(2, 16, 6, 6, 16, (1, 3), padding=(0, 0, 1, 1)), torch.bfloat16, "relu"),
@@ -128,41 +136,54 @@ def counted(emulator, name: str, arguments: tuple):
     return found if isinstance(found, tuple) else (found,), counts, launches[0].grid
 
 
-def pixels_of_windows(tile: int, halo: int, size: int, gap: int) -> int:
-    """Of two images, those that windows of so many positions, and a halo at both sides, load."""
+def loaded(image: int, gap: int, tile: int, before: int, behind: int, phases=((0, 0),)) -> float:
+    """What windows of so many positions load of two images, in images.
+
+    With so many rows, and as many positions, before and behind them. phases: of an image of stride
+    2, whose line has half as many rows and columns.
+    """
+    stride = 1 if len(phases) == 1 else 2
+    size = image // stride
     pitch = size + gap
     line = 2 * pitch * pitch
-    loaded = 0
+    before, behind = (rows * (pitch + 1) for rows in (before, behind))
+    pixels = 0
     for first in range(0, line, tile):
-        for p in range(max(first - halo, 0), min(first + tile + halo, line)):
-            loaded += p % pitch < size and p // pitch % pitch < size
-    return loaded
+        for p in range(max(first - before, 0), min(first + tile + behind, line)):
+            pixels += p % pitch < size and p // pitch % pitch < size
+    return len(phases) * pixels / (2 * image * image)
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_convolutions_touch_what_their_heads_say(emulator, kernel):
-    """Each input once, of a 3x3 the halo of its tiles twice; each output once; resident weights."""
-    layer = Layer(torch.bfloat16, 64, 64, kernel)
+PHASES = tuple((row, column) for row in range(2) for column in range(2))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_convolutions_touch_what_their_heads_say(emulator, kernel, stride):
+    """Each input once, of a 3x3 the halo of its tiles twice; each output once; resident weights.
+
+    With stride 2 dgrad reads dy for each phase.
+    """
+    layer = Layer(torch.bfloat16, 64, 64, kernel, stride)
     calls, gap = layer.calls(), kernel // 2
-    size = layer.u.shape[-1]
-    halo = gap * (size + gap) + gap
+    image, behind = layer.u.shape[-1], gap if stride == 1 else 0
+    phases = PHASES if stride == 2 else ((0, 0),)
     tile = 256 if gap else 128
 
-    def windows(tile: int, halo: int) -> float:
-        return pixels_of_windows(tile, halo, size, gap) / (2 * size * size)
-
     results, counts, grid = counted(emulator, "preact_conv_forward", calls["preact_conv_forward"])
-    reads = {layer.u: windows(tile, halo), layer.residual: 1, layer.weight: grid[0]}
+    of_u = loaded(image, gap, tile, gap, behind, phases)
+    reads = {layer.u: of_u, layer.residual: 1, layer.weight: grid[0]}
     hold(counts, reads, [layer.affine], results, scratch_of_moments(grid[0]))
 
     results, counts, grid = counted(emulator, "preact_conv_dgrad", calls["preact_conv_dgrad"])
-    both = dict.fromkeys((layer.g, layer.y), windows(tile, halo))
+    of_dy = len(phases) * loaded(image // stride, gap, tile, behind, gap)
+    both = dict.fromkeys((layer.g, layer.y), of_dy)
     reads = {**both, layer.u: 1, layer.addend: 1, layer.weight: grid[0]}
     vectors = [layer.affine, layer.y_affine, layer.y_sums]
     hold(counts, reads, vectors, results, scratch_of_sums(grid[0]))
 
     results, counts, grid = counted(emulator, "preact_conv_wgrad", calls["preact_conv_wgrad"])
-    reads = {layer.g: 1, layer.y: 1, layer.u: windows(tile, halo)}
+    of_u = loaded(image, gap, tile // stride, gap, behind, phases)
+    reads = {layer.g: 1, layer.y: 1, layer.u: of_u}
     scratch = grid[0] * 4 * layer.weight.numel()
     hold(counts, reads, vectors, results, (scratch, scratch))
 
@@ -175,20 +196,26 @@ NARROW = {("conv_warpgroups.cuh", SHARED_READ, 16): 2}
 
 
 @pytest.mark.parametrize(
-    ("channels", "filters", "kernel", "known"),
+    ("channels", "filters", "kernel", "stride", "known"),
     [
-        (64, 64, 3, {}),
-        (64, 64, 1, {}),
-        (128, 128, 3, {}),
-        (256, 128, 1, {}),
-        (16, 16, 1, NARROW),
-        (32, 32, 1, NARROW),
+        (64, 64, 3, 1, {}),
+        (64, 64, 1, 1, {}),
+        (128, 128, 3, 1, {}),
+        (256, 128, 1, 1, {}),
+        (16, 16, 1, 1, NARROW),
+        (32, 32, 1, 1, NARROW),
+        (64, 64, 3, 2, {}),
+        (128, 128, 3, 2, {}),
+        (256, 128, 1, 2, {}),
     ],
 )
-def test_they_use_whole_sectors_and_no_bank_twice(emulator, channels, filters, kernel, known):
+def test_they_use_whole_sectors_and_no_bank_twice(
+    emulator, channels, filters, kernel, stride, known
+):
     """Every access of a warp but those known above."""
     points = []
-    for name, arguments in Layer(torch.bfloat16, channels, filters, kernel).calls().items():
+    layer = Layer(torch.bfloat16, channels, filters, kernel, stride)
+    for name, arguments in layer.calls().items():
         if name in NAMES:
             points += counted(emulator, name, arguments)[1].points
     assert waste(points) == VECTORS | known

@@ -14,16 +14,16 @@ bool warpgroups_used();
 inline bool warpgroups_can(const CudaRuntime& runtime, Dtype dtype, Activation activation,
                            const ConvShape& shape) {
   const ConvShape s = flattened(shape);
-  const bool has_gaps = s.kernel_height > 1;
   return warpgroups_used() && has_warpgroups(runtime.device) &&
          (dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16) &&
          activation == Activation::kRelu && lies_on_line(s) && positions_of(s) <= kMostPositions &&
-         (!has_gaps || std::max(s.input.height, s.input.width) < kMostPitch);
+         (is_pointwise(s) || std::max(s.input.height, s.input.width) < kMostPitch);
 }
 
 // Calls run.operator()<T, Tile>(tiling): a tile of 128 channels where not too many of them are left
 // over and the tiles fill the device, else one of 64; with twice the positions where shared memory
-// has no room for two blocks. Returns whether the tile fits into the device's shared memory.
+// has no room for two blocks, or the stride is 2. Returns whether there is one that fits into the
+// device's shared memory and, with stride 2, fills the device.
 template <bool kDgrad, class Op, typename F>
 bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_channels,
                        int64_t result_channels, const F& run) {
@@ -37,25 +37,26 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
       run.template operator()<f16, Tile>(tiling);
     return true;
   };
-  // By tiles of 256 positions.
+  // By tiles of 256 positions: a quarter of it may be idle, since tiles half as large take longer.
   const auto fills_device = [&](int64_t across) {
     const int64_t tiles = ceil_div(positions_of(s), WideGroups::kPixels) * across;
-    return tiles >= multiprocessors(runtime.device);
+    return 4 * tiles >= 3 * multiprocessors(runtime.device);
   };
   const int64_t across = ceil_div(result_channels, WideGroups::kChannels);
   const bool few_left =
       5 * (across * WideGroups::kChannels - result_channels) <= 3 * result_channels;
   if (few_left && fills_device(across))
-    if (s.kernel_height == 1 ? with_tile.template operator()<PointGroups>()
-                             : with_tile.template operator()<WideGroups>())
+    if (is_pointwise(s) ? with_tile.template operator()<PointGroups>()
+                        : with_tile.template operator()<WideGroups>())
       return true;
   const int64_t slim =
       tile_line<kDgrad, SlimGroups>(s, source_channels, result_channels).shared.total;
-  if (2 * slim > most_shared_bytes(runtime.device) &&
+  const bool strided = s.stride_height > 1;
+  if ((strided || 2 * slim > most_shared_bytes(runtime.device)) &&
       fills_device(ceil_div(result_channels, TallGroups::kChannels)) &&
       with_tile.template operator()<TallGroups>())
     return true;
-  return with_tile.template operator()<SlimGroups>();
+  return !strided && with_tile.template operator()<SlimGroups>();
 }
 
 // As many blocks as the device has room for: neighbours have the same positions, other channels.

@@ -19,20 +19,29 @@ constexpr int kSourceSlots = 2;    // windows
 constexpr int kWeightSlots = 4;    // steps of weights, where not all of them stay
 constexpr int kMostResident = 16;  // steps of weights that stay
 constexpr int64_t kResidentWeights = 96 * 1024;
-constexpr int kCopiesAtOnce = 4;   // of a thread, of weights
+constexpr int kCopiesAtOnce = 4;  // of a thread, of weights
+// Pieces of a thread that fills windows; those of a gradient have two tensors.
+template <bool kDgrad>
+constexpr int kSourcesAtOnce = kDgrad ? 2 : 4;
 constexpr int kWeightsBehind = 2;  // steps whose copies are under way while others are begun
 static_assert(kWeightsBehind < kWeightSlots);
 
 // Two warpgroups multiply kBlocks times 64 positions each, and store kChannels channels; of a 1x1
-// alone if kPointwise.
+// that moves no pixel alone if kPointwise.
 template <int kBlocks_, int kChannels_, int kSourceWarps_, int kWeightWarps_, int kResident_,
           int kRegisters_, int kOtherRegisters_, bool kPointwise = false>
 struct GroupTile {
   static constexpr int kBlocks = kBlocks_, kChannels = kChannels_;
-  // Known here, a 1x1 has no code for gaps.
-  PREACT_DEVICE static Line line(Line line) {
-    if constexpr (kPointwise) line.gap = 0;
-    return line;
+  // Stride 2 alone where registers are left for it.
+  static constexpr bool kStrided = kBlocks > 1;
+  // Known here, a 1x1 has no code for gaps, and stride 1 none for phases.
+  PREACT_DEVICE static ConvLine conv(ConvLine conv) {
+    if constexpr (!kStrided) conv.stride = 1;
+    if constexpr (kPointwise) {
+      conv.line.gap = 0;
+      conv.kernel = 1;
+    }
+    return conv;
   }
   static constexpr int kWarps = 2 * kWarpgroup / 32;  // that multiply
   static constexpr int kSourceWarps = kSourceWarps_, kWeightWarps = kWeightWarps_;
@@ -75,22 +84,22 @@ struct GroupLayout {
 };
 
 struct GroupTiling {
-  Line line;
-  int kernel;  // rows and columns
-  int tiles;   // of positions
+  ConvLine conv;
+  int tiles;  // of positions
   int source_count, result_count;
   int chunk_pieces;  // 2, 4 or 8: a step has as many pieces of source channels
+  int source_share;  // positions of a window that a warp fills at a time
   int chunks;
   int weight_slots;  // of steps; all steps of a tile if `resident`
   bool resident;
   GroupLayout shared;
 
   __host__ __device__ int chunk() const { return chunk_pieces * kPiece; }
-  __host__ __device__ int taps() const { return kernel * kernel; }
-  // Positions of a window, whose first is halo() before the tile's.
+  __host__ __device__ int taps() const { return conv.kernel * conv.kernel; }
+  // Positions of a window.
   template <class Tile>
   __host__ __device__ int window() const {
-    return Tile::kPixels + 2 * line.halo();
+    return Tile::kPixels + conv.line.rows(conv.before() + conv.behind());
   }
   // Pieces of channels of a chunk that are multiplied: what is beyond the last channel is zero.
   __host__ __device__ int live_pieces(int chunk_index) const {
@@ -113,13 +122,14 @@ __host__ __device__ constexpr int weight_pieces(const GroupTiling& t) {
 template <bool kDgrad, class Tile>
 GroupTiling tile_line(const ConvShape& shape, int64_t source_channels, int64_t result_channels) {
   GroupTiling t{};
-  t.line = line_of(shape);
-  t.kernel = static_cast<int>(shape.kernel_height);
+  t.conv = line_of(shape);
   t.tiles = static_cast<int>(ceil_div(positions_of(shape), Tile::kPixels));
   t.source_count = static_cast<int>(source_channels);
   t.result_count = static_cast<int>(result_channels);
   t.chunk_pieces = source_channels <= 16 ? 2 : source_channels <= 32 ? 4 : kMostChunk / kPiece;
   t.chunks = static_cast<int>(ceil_div(source_channels, t.chunk()));
+  t.source_share =
+      share_of_warp(t.window<Tile>(), t.chunk_pieces, Tile::kSourceWarps, kSourcesAtOnce<kDgrad>);
 
   GroupLayout& at = t.shared;
   const int pieces = weight_pieces<kDgrad, Tile>(t);
@@ -162,22 +172,26 @@ struct GroupWork {
 };
 
 // Windows of a block's tiles; `warp` counts those with this role.
-template <typename T, class Tile, class Source>
+template <typename T, bool kDgrad, class Tile, class Source>
 PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int warp) {
   const GroupTiling& t = work.t;
-  const Line line = Tile::line(t.line);
+  const ConvLine conv = Tile::conv(t.conv);
+  const int lead = conv.line.rows(kDgrad ? conv.behind() : conv.before());
   Ring ring;
-  for (int tile = work.first; tile < t.tiles; tile += work.step) {
-    const Run run(line, tile * Tile::kPixels - line.halo());
-    for (int chunk = 0; chunk < t.chunks; ++chunk, ring.advance(kSourceSlots)) {
-      barrier_wait(&work.barriers.source_empty[ring.slot], ring.phase ^ 1);
-      fill_window<T, Tile::kSourceWarps, Source::kTwo ? 2 : 4>(
-          source, [&](int channel) { return source.vectors(channel); }, run, t.window<Tile>(),
-          chunk * t.chunk(), t.chunk_pieces, t.live_pieces(chunk), work.window(ring.slot),
-          t.shared.source_plane, warp);
-      warp_arrives(&work.barriers.source_full[ring.slot]);
+  for (int tile = work.first; tile < t.tiles; tile += work.step)
+    for (int phase = 0; phase < conv.phases(); ++phase) {
+      if (!conv.has_taps(phase)) continue;
+      const Run run(conv.line, kDgrad ? conv.results() : conv.input(phase),
+                    tile * Tile::kPixels - lead);
+      for (int chunk = 0; chunk < t.chunks; ++chunk, ring.advance(kSourceSlots)) {
+        barrier_wait(&work.barriers.source_empty[ring.slot], ring.phase ^ 1);
+        fill_window<T, Tile::kSourceWarps, kSourcesAtOnce<kDgrad>>(
+            source, [&](int channel) { return source.vectors(channel); }, run, t.window<Tile>(),
+            t.source_share, chunk * t.chunk(), t.chunk_pieces, t.live_pieces(chunk),
+            work.window(ring.slot), t.shared.source_plane, warp);
+        warp_arrives(&work.barriers.source_full[ring.slot]);
+      }
     }
-  }
 }
 
 // Weights of all steps, once if they stay, else for every tile.
@@ -197,31 +211,35 @@ PREACT_DEVICE void fill_weights(const GroupWork& work, const Weight& weight, int
     warp_arrives(&work.barriers.weights_full[full.slot]);
     full.advance(t.weight_slots);
   };
+  const ConvLine conv = Tile::conv(t.conv);
   for (int tile = work.first; tile < t.tiles; tile += work.step) {
-    for (int chunk = 0; chunk < t.chunks; ++chunk)
-      for (int r = 0; r < t.kernel; ++r)
-        for (int s = 0; s < t.kernel; ++s, ring.advance(t.weight_slots)) {
-          if (!t.resident) barrier_wait(&work.barriers.weights_empty[ring.slot], ring.phase ^ 1);
-          const int first_row = kDgrad ? chunk * t.chunk() : work.first_channel;
-          const int column = (kDgrad ? work.first_channel : chunk * t.chunk()) + piece * kPiece;
-          const int rows_left = (kDgrad ? t.source_count : t.result_count) - first_row;
-          const bool there = column < (kDgrad ? t.result_count : t.source_count);
-          // The gradient of the source takes the kernel backwards.
-          const int row_tap = kDgrad ? t.kernel - 1 - r : r, tap = kDgrad ? t.kernel - 1 - s : s;
-          const T* from = static_cast<const T*>(weight.data) + row_tap * weight.stride_r +
-                          tap * weight.stride_s + (first_row + first) * weight.stride_k + column;
-          SharedAddress to = shared_address(work.weights(ring.slot) +
-                                            piece * t.shared.weight_plane + first * kCoreRow);
+    for (int phase = 0; phase < conv.phases(); ++phase) {
+      const int first_r = conv.first_tap(ConvLine::row_of(phase));
+      const int first_s = conv.first_tap(ConvLine::column_of(phase));
+      for (int chunk = 0; chunk < t.chunks; ++chunk)
+        for (int r = first_r; r < conv.kernel; r += conv.stride)
+          for (int s = first_s; s < conv.kernel; s += conv.stride) {
+            if (!t.resident) barrier_wait(&work.barriers.weights_empty[ring.slot], ring.phase ^ 1);
+            const int first_row = kDgrad ? chunk * t.chunk() : work.first_channel;
+            const int column = (kDgrad ? work.first_channel : chunk * t.chunk()) + piece * kPiece;
+            const int rows_left = (kDgrad ? t.source_count : t.result_count) - first_row;
+            const bool there = column < (kDgrad ? t.result_count : t.source_count);
+            const T* from = static_cast<const T*>(weight.data) + r * weight.stride_r +
+                            s * weight.stride_s + (first_row + first) * weight.stride_k + column;
+            SharedAddress to = shared_address(work.weights(ring.slot) +
+                                              piece * t.shared.weight_plane + first * kCoreRow);
 #pragma unroll 1
-          for (int row = first; row < rows; row += kCopiesAtOnce * step)
+            for (int row = first; row < rows; row += kCopiesAtOnce * step)
 #pragma unroll
-            for (int i = 0; i < kCopiesAtOnce; ++i, from += row_step, to += step * kCoreRow)
-              copy16(to, from, there && row + i * step < rows_left);
-          copies_commit();
-          if (++begun <= kWeightsBehind) continue;
-          copies_wait(kWeightsBehind);
-          arrive();
-        }
+              for (int i = 0; i < kCopiesAtOnce; ++i, from += row_step, to += step * kCoreRow)
+                copy16(to, from, there && row + i * step < rows_left);
+            copies_commit();
+            ring.advance(t.weight_slots);
+            if (++begun <= kWeightsBehind) continue;
+            copies_wait(kWeightsBehind);
+            arrive();
+          }
+    }
     if (t.resident) break;
   }
   copies_wait(0);
@@ -265,25 +283,33 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
   const int warp = warp_number();
   const int group_position = warp / 4 * kBlocks * kProductRows;
   typename Epilogue::Thread mine(epilogue, work.first_channel);  // whose pieces are all whole
-  const Line line = Tile::line(t.line);
+  const ConvLine conv = Tile::conv(t.conv);
+  const Line& line = conv.line;
   const LineDivisors by(line);
+  const int lead = line.rows(kDgrad ? conv.behind() : conv.before());
   Ring windows, weights;
-  for (int tile = work.first; tile < t.tiles; tile += work.step) {
-    float sums[kBlocks][kSums] = {};
+  // Adds the products of a phase.
+  const auto multiply_phase = [&](float (&sums)[kBlocks][kSums], bool add, int phase) {
     Barrier *weights_before = nullptr, *window_before = nullptr;
     const auto release = [&] {
       if (weights_before) warp_arrives(weights_before);
       if (window_before) warp_arrives(window_before);
       weights_before = window_before = nullptr;
     };
-    bool add = false;
+    constexpr int kOn = kDgrad ? -1 : 1;  // from tap to tap
+    const int row = ConvLine::row_of(phase), column = ConvLine::column_of(phase);
+    const int first_r = conv.first_tap(row), first_s = conv.first_tap(column);
+    const int first_position =
+        group_position + lead - kOn * (conv.reach(row) * line.pitch() + conv.reach(column));
     for (int chunk = 0; chunk < t.chunks; ++chunk, windows.advance(kSourceSlots)) {
       barrier_wait(&work.barriers.source_full[windows.slot], windows.phase);
       const int depth = t.live_pieces(chunk) / 2;
-      for (int r = 0; r < t.kernel; ++r)
-        for (int s = 0; s < t.kernel; ++s, weights.advance(t.weight_slots)) {
+      int of_row = first_position;
+      for (int r = first_r; r < conv.kernel; r += conv.stride, of_row += kOn * line.pitch()) {
+        int position = of_row;
+        for (int s = first_s; s < conv.kernel;
+             s += conv.stride, position += kOn, weights.advance(t.weight_slots)) {
           barrier_wait(&work.barriers.weights_full[weights.slot], t.resident ? 0 : weights.phase);
-          const int position = group_position + line.halo() + line.tap(r, s);
           const Operand a(work.window(windows.slot) + position * kCoreRow, t.shared.source_plane,
                           kCore);
           const Operand b(work.weights(weights.slot), kDgrad ? kCore : t.shared.weight_plane,
@@ -307,16 +333,18 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
           products_wait<1>();
           release();
           if (!t.resident) weights_before = &work.barriers.weights_empty[weights.slot];
-          if (r == t.kernel - 1 && s == t.kernel - 1)
+          if (r + conv.stride >= conv.kernel && s + conv.stride >= conv.kernel)
             window_before = &work.barriers.source_empty[windows.slot];
         }
+      }
     }
     products_wait<0>();
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) products_done(sums[i]);
     release();
-
-    const Run run(line, tile * Tile::kPixels + group_position + warp % 4 * 16);
+  };
+  const auto store_phase = [&](int tile, const float (&sums)[kBlocks][kSums], const Phase& phase) {
+    const Run run(line, phase, tile * Tile::kPixels + group_position + warp % 4 * 16);
     const int lane = lane_number();
     const auto [column, row, rows] = StoringLane(pieces);
     const int my_channel = work.first_channel + column * kPiece;
@@ -373,6 +401,20 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
         }
       }
     }
+  };
+  for (int tile = work.first; tile < t.tiles; tile += work.step) {
+    if constexpr (kDgrad) {
+      for (int phase = 0; phase < conv.phases(); ++phase) {
+        float sums[kBlocks][kSums] = {};
+        if (conv.has_taps(phase)) multiply_phase(sums, false, phase);
+        store_phase(tile, sums, conv.input(phase));
+      }
+    } else {
+      float sums[kBlocks][kSums] = {};
+      for (int phase = 0; phase < conv.phases(); ++phase)
+        if (conv.has_taps(phase)) multiply_phase(sums, phase > 0, phase);
+      store_phase(tile, sums, conv.results());
+    }
   }
   __syncwarp();
   static_assert(sizeof(mine.reduced) * 32 <= Tile::kStageBytes);
@@ -421,7 +463,7 @@ PREACT_DEVICE void conv_warpgroups(const GroupTiling& t, Source source, const We
   } else {
     give_registers<Tile::kOtherRegisters>();
     if (warp < Tile::kWarps + Tile::kSourceWarps)
-      fill_windows<T, Tile>(work, source, warp - Tile::kWarps);
+      fill_windows<T, kDgrad, Tile>(work, source, warp - Tile::kWarps);
     else
       fill_weights<T, kDgrad, Tile>(work, weight,
                                     thread - 32 * (Tile::kWarps + Tile::kSourceWarps));

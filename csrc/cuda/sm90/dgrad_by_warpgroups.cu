@@ -2,9 +2,9 @@
 //   g = (dgrad(dy, W) + addend) * act'(z),  S1 = sum g,  S2 = sum g * (u - mean) * rstd;
 //   dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
 //   With frozen statistics g becomes residual + scale * g.
-// Reads g', u' [M, K] once for each 64 or 128 input channels (from the cache after the first) with
-// the halo of its tiles, u, addend, residual [M, C], the weights for each 128 or 256 positions;
-// writes g [M, C]. FLOPs 2*M*K*C*R*S.
+// Reads g', u' [M', K] once for each 64 or 128 input channels, with stride 2 for each phase that
+// has taps (from the cache after the first), with the halo of its tiles, u, addend, residual [M,
+// C], the weights for each 128 or 256 positions; writes g [M, C]. FLOPs 2*M'*K*C*R*S.
 #include "choose.cuh"
 
 namespace preact::cuda {

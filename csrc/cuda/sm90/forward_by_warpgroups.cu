@@ -1,8 +1,8 @@
 // preact_conv_forward by wgmma:
 //   y = conv(h, W) + residual, h = act(scale * (u - mean) + shift), and the mean and variance of y.
 // Reads u [M, C] once for each 64 or 128 output channels (from the cache after the first) with the
-// halo of its tiles, the residual [M, K], the weights for each 128 or 256 positions; writes y
-// [M, K]. FLOPs 2*M*K*C*R*S.
+// halo of its tiles, the residual [M', K], the weights for each 128 or 256 positions; writes y
+// [M', K]. FLOPs 2*M'*K*C*R*S.
 #include "choose.cuh"
 
 namespace preact::cuda {
@@ -16,7 +16,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kResident) void forward_by_wa
     float* stats,  // [2, K] or null
     const AffineMaker next) {
   const int64_t k = tiling.result_count;
-  const Line& line = tiling.line;
+  const Line& line = tiling.conv.line;
   const float pixels = static_cast<float>(int64_t{line.images} * line.height * line.width);
   conv_warpgroups<T, false, Tile>(tiling, source, weight, epilogue, memory,
                                   [&](int64_t c, const Moments& total) {

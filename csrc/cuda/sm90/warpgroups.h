@@ -1,5 +1,6 @@
-// The convolutions that have kernels of their own on compute capability 9.0: 16 bits, ReLU, stride
-// 1, an odd square kernel and results as large as the source, channels in whole, aligned pieces.
+// The convolutions that have kernels of their own on compute capability 9.0: 16 bits, ReLU, an odd
+// square kernel, stride 1 and results as large as the source or stride 2 and half as large,
+// channels in whole, aligned pieces.
 #pragma once
 
 #include "../../preact.h"

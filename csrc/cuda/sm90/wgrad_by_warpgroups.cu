@@ -2,9 +2,9 @@
 //   dW[k, c, r, s] = sum over pixels of dy[p, k] * h[p at tap (r, s), c],
 //   dy = scale' * g' + B' * (u' - mean') + C' of the layer above, h = act(scale * (u - mean) +
 //   shift).
-// Reads g', u' [M, K] once for each 64 or 128 input channels, u [M, C] once for each 64 to 256
+// Reads g', u' [M', K] once for each 64 or 128 input channels, u [M, C] once for each 64 to 256
 // output channels with the halo of its tiles (from the cache after the first), writes `splits`
-// partial results of K*C*R*S floats. FLOPs 2*M*K*C*R*S.
+// partial results of K*C*R*S floats. FLOPs 2*M'*K*C*R*S.
 //
 // The products sum over positions of the line, where dy is zero wherever there is no pixel: a tap
 // of h is the same window, begun elsewhere. A warpgroup has a row of a 3x3 kernel, its three taps
@@ -17,10 +17,19 @@ namespace preact::cuda {
 namespace {
 
 // kDown times 64 outputs by kInputs inputs, for kTaps taps in each of kTaps rows of the kernel;
-// windows of kPositions, of whose dy a thread has kGradsAtOnce pieces on their way.
-template <int kDown, int kTaps_, int kInputs_, int kPositions_, int kGradsAtOnce_>
+// windows of kPositions, of whose dy a thread has kGradsAtOnce pieces on their way. With stride 2 a
+// 3x3 has a window of h for each phase.
+template <int kDown, int kTaps_, int kInputs_, int kPositions_, int kGradsAtOnce_, int kStride_ = 1>
 struct WgradGroups {
   static constexpr int kTaps = kTaps_, kInputs = kInputs_, kPositions = kPositions_;
+  static constexpr int kStride = kStride_, kAxisPhases = std::min(kStride, kTaps);
+  static constexpr int kInputsAtOnce = 4;  // pieces of h
+  static constexpr int kGap = (kTaps / 2 + kStride - 1) / kStride;
+  // Along an axis: a tap's phase, and where in that its source lies, from a result.
+  PREACT_DEVICE static constexpr int phase_of(int tap) { return (tap + kTaps / 2) % kStride; }
+  PREACT_DEVICE static constexpr int source_of(int tap) {
+    return (tap - kTaps / 2 - phase_of(tap)) / kStride;
+  }
   static constexpr int kGradsAtOnce = kGradsAtOnce_;
   static constexpr int kOutputs = kDown * kProductRows, kThreads = kDown * kTaps * kWarpgroup;
   // Of BatchNorm's vectors in shared memory, which a thread reads once for each window: its
@@ -32,15 +41,18 @@ struct WgradGroups {
 using RowWgrad = WgradGroups<1, 3, 64, 256, 1>;
 using PointWgrad = WgradGroups<2, 1, 128, 128, 2>;
 using WidePointWgrad = WgradGroups<4, 1, 128, 128, 1>;
+using StridedRowWgrad = WgradGroups<1, 3, 64, 128, 1, 2>;
+using StridedPointWgrad = WgradGroups<4, 1, 128, 128, 1, 2>;
 
 constexpr int kWgradSlots = 2;
 
 struct WgradLine {
-  Line line;
+  ConvLine conv;
   int tiles, splits;
   int outputs, inputs;              // K, C
   int output_pieces, input_pieces;  // that threads share, as many as there are, or a power of 2
-  int grad_plane, input_plane, input_at, slot, vectors_at;  // bytes
+  int grad_share, input_share;      // positions of a window that a warp fills at a time
+  int grad_plane, input_plane, input_at, phase, slot, vectors_at;  // bytes
   int64_t shared_bytes;
 };
 
@@ -55,9 +67,12 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   const int tiles_across = (t.inputs + Tile::kInputs - 1) / Tile::kInputs;
   const int first_output = static_cast<int>(blockIdx.y) / tiles_across * Tile::kOutputs;
   const int first_input = static_cast<int>(blockIdx.y) % tiles_across * Tile::kInputs;
-  Line line = t.line;
-  line.gap = kTaps / 2;  // known here, a 1x1 has no code for gaps
-  const int split = static_cast<int>(blockIdx.x), halo = line.halo();
+  ConvLine conv = t.conv;
+  conv.stride = Tile::kStride, conv.kernel = kTaps;  // known here, spares code
+  conv.line.gap = Tile::kGap;
+  const Line& line = conv.line;
+  const int split = static_cast<int>(blockIdx.x), lead = line.rows(conv.before());
+  const int window_positions = Tile::kPositions + lead + line.rows(conv.behind());
   // Warps that have one share more of dy have one less of h.
   const int from_behind = Tile::kThreads / 32 - 1 - warp;
   float* const grad_bn = reinterpret_cast<float*>(shared_memory() + t.vectors_at);
@@ -79,11 +94,14 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   const auto fill = [&](int tile, unsigned char* window) {
     const int first = tile * Tile::kPositions;
     fill_window<T, Tile::kThreads / 32, Tile::kGradsAtOnce>(
-        grad, grad_vectors, Run(line, first), Tile::kPositions, first_output, t.output_pieces, 0,
-        window, t.grad_plane, warp);
-    fill_window<T, Tile::kThreads / 32, 4>(input, input_vectors, Run(line, first - halo),
-                                           Tile::kPositions + 2 * halo, first_input, t.input_pieces,
-                                           0, window + t.input_at, t.input_plane, from_behind);
+        grad, grad_vectors, Run(line, conv.results(), first), Tile::kPositions, t.grad_share,
+        first_output, t.output_pieces, 0, window, t.grad_plane, warp);
+#pragma unroll 1
+    for (int phase = 0; phase < Tile::kAxisPhases * Tile::kAxisPhases; ++phase)
+      fill_window<T, Tile::kThreads / 32, Tile::kInputsAtOnce>(
+          input, input_vectors, Run(line, conv.input(phase), first - lead), window_positions,
+          t.input_share, first_input, t.input_pieces, 0, window + t.input_at + phase * t.phase,
+          t.input_plane, from_behind);
   };
 
   const int group = warp / 4, row = group % kTaps;  // of the kernel
@@ -94,15 +112,19 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   for (int tile = split; tile < t.tiles; tile += t.splits) {
     __syncthreads();  // the window is filled, and the products of the one before are done
     const Operand dy(window + group_output / kPiece * t.grad_plane, kCore, t.grad_plane);
-    const Operand h(window + t.input_at + (halo + line.tap(row, 0)) * kCoreRow, kCore,
-                    t.input_plane);
+    // of the tap whose source lies farthest before
+    const Operand h(window + t.input_at + Tile::phase_of(row) * Tile::kAxisPhases * t.phase +
+                        (lead + Tile::source_of(row) * line.pitch() - Tile::kGap) * kCoreRow,
+                    kCore, t.input_plane);
     products_begin();
 #pragma unroll
     for (int p = 0; p < Tile::kPositions; p += kProductDepth)
 #pragma unroll
       for (int s = 0; s < kTaps; ++s)
-        warpgroup_multiply<true, true>(sums[s], dy.moved(p * kCoreRow), h.moved((p + s) * kCoreRow),
-                                       true, T{});
+        warpgroup_multiply<true, true>(
+            sums[s], dy.moved(p * kCoreRow),
+            h.moved(Tile::phase_of(s) * t.phase + (p + Tile::kGap + Tile::source_of(s)) * kCoreRow),
+            true, T{});
     products_commit();
     if (tile + t.splits < t.tiles) fill(tile + t.splits, next);
     products_wait<0>();
@@ -139,16 +161,22 @@ int shared_pieces(int64_t channels, int most) {
 template <class Tile>
 WgradLine wgrad_line(const ConvShape& s) {
   WgradLine t{};
-  t.line = line_of(s);
+  t.conv = line_of(s);
   t.tiles = static_cast<int>(ceil_div(positions_of(s), Tile::kPositions));
   t.outputs = static_cast<int>(s.output.channels);
   t.inputs = static_cast<int>(s.input.channels);
   t.output_pieces = shared_pieces(t.outputs, Tile::kOutputs / kPiece);
   t.input_pieces = shared_pieces(t.inputs, Tile::kInputs / kPiece);
+  constexpr int kWarps = Tile::kThreads / 32;
+  t.grad_share = share_of_warp(Tile::kPositions, t.output_pieces, kWarps, Tile::kGradsAtOnce);
+  const int around = t.conv.line.rows(t.conv.before() + t.conv.behind());
+  t.input_share =
+      share_of_warp(Tile::kPositions + around, t.input_pieces, kWarps, Tile::kInputsAtOnce);
   t.grad_plane = plane_bytes(Tile::kPositions, t.output_pieces);
-  t.input_plane = plane_bytes(Tile::kPositions + 2 * t.line.halo(), t.input_pieces);
+  t.input_plane = plane_bytes(Tile::kPositions + around, t.input_pieces);
   t.input_at = t.grad_plane * (Tile::kOutputs / kPiece);
-  t.slot = t.input_at + t.input_plane * (Tile::kInputs / kPiece);
+  t.phase = t.input_plane * (Tile::kInputs / kPiece);
+  t.slot = t.input_at + t.phase * Tile::kAxisPhases * Tile::kAxisPhases;
   t.vectors_at = kWgradSlots * t.slot;
   t.shared_bytes = t.vectors_at + (Tile::kGradFloats + Tile::kInputFloats) * sizeof(float);
   return t;
@@ -195,13 +223,16 @@ bool wgrad_by_warpgroups(const CudaRuntime& runtime, const PreactConvWgrad& op) 
   if (!channels_of(s.input.channels, {op.input, op.affine}).vectors ||
       !Gradient<bf16>(op.grad, s.output).channels.vectors)
     return false;
+  const bool strided = s.stride_height > 1;
+  if (s.kernel_height == 1 && strided) return run<StridedPointWgrad>(runtime, op);
   if (s.kernel_height == 1)
     return s.output.channels > PointWgrad::kOutputs ? run<WidePointWgrad>(runtime, op)
                                                     : run<PointWgrad>(runtime, op);
   // Of few channels most of a product would be left unused.
   constexpr int kFew = 32;
   const bool few = s.input.channels <= kFew && s.output.channels <= kFew;
-  return s.kernel_height == RowWgrad::kTaps && !few && run<RowWgrad>(runtime, op);
+  if (s.kernel_height != RowWgrad::kTaps || few) return false;
+  return strided ? run<StridedRowWgrad>(runtime, op) : run<RowWgrad>(runtime, op);
 }
 
 }  // namespace preact::cuda

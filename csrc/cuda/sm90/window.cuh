@@ -35,22 +35,22 @@ inline int plane_bytes(int64_t rows, int pieces) {
   return static_cast<int>(ceil_div(rows * kCoreRow - odd, 128) * 128 + odd);
 }
 
+// Positions of a window of `count` of which a warp's lanes find out, each of one, where its pixel
+// is: more spare work, fewer leave none of the warps idle.
+inline int share_of_warp(int count, int pieces, int warps, int at_once) {
+  return std::clamp(at_once * (32 / pieces), count >= 16 * warps ? 16 : 8, 32);
+}
+
 // Fills a window, `count` positions of a run and `pieces` planes of channels from `first_channel`
 // on, with what source makes of them and of their vectors(channel), zeros where there is none. Of
 // the planes beyond the last channel those below `live` are zeros, and the rest is left. By kWarps
-// warps, of which this is one; a thread has kAtOnce pieces on their way.
+// warps, of which this is one, `positions` at a time; a thread has kAtOnce pieces on their way.
 template <typename T, int kWarps, int kAtOnce, class Source, typename Vectors>
 PREACT_DEVICE void fill_window(const Source& source, const Vectors& vectors, const Run& run,
-                               int count, int first_channel, int pieces, int live,
+                               int count, int positions, int first_channel, int pieces, int live,
                                unsigned char* window, int plane, int warp) {
   const int lane = lane_number();
   const int piece = lane % pieces, my_row = lane / pieces, rows = 32 / pieces;
-  // Positions of which a warp's lanes find out, each of one, where its pixel is: more spare work,
-  // fewer leave none of the warps idle.
-  const int fewest = count >= 16 * kWarps ? 16 : 8;
-  const int positions = kAtOnce * rows < fewest ? fewest
-                        : kAtOnce * rows > 32   ? 32
-                                                : kAtOnce * rows;
   const int channel = first_channel + piece * kPiece;
   const bool has_channels = channel < source.channels.count;
   const bool written = has_channels || piece < live;
