@@ -49,8 +49,7 @@ template <typename T, int kWarps, int kAtOnce, class Source, typename Vectors>
 PREACT_DEVICE void fill_window(const Source& source, const Vectors& vectors, const Run& run,
                                int count, int positions, int first_channel, int pieces, int live,
                                unsigned char* window, int plane, int warp) {
-  const int lane = lane_number();
-  const int piece = lane % pieces, my_row = lane / pieces, rows = 32 / pieces;
+  const int piece = lane_number() & (pieces - 1), rows = 32 / pieces;
   const int channel = first_channel + piece * kPiece;
   const bool has_channels = channel < source.channels.count;
   const bool written = has_channels || piece < live;
@@ -62,14 +61,16 @@ PREACT_DEVICE void fill_window(const Source& source, const Vectors& vectors, con
   Bytes16* const to = reinterpret_cast<Bytes16*>(window + piece * plane);
   const auto each = [&](const auto& function) {
     const LineDivisors by(run.line);
-    const T* const from = source.first + channel;
 #pragma unroll 1
     for (int w = warp * positions; w < count; w += kWarps * positions) {
+      // What is made of a lane's number is made anew, and in no register while pieces are under
+      // way.
+      const T* const from = source.first + first_channel + (lane_number() & (pieces - 1)) * kPiece;
       const int left = count - w < positions ? count - w : positions;
-      const int of_mine = run.pixel(w + lane_number(), by);  // anew: `lane` is in no register
+      const int of_mine = run.pixel(w + lane_number(), by);
 #pragma unroll 1
       for (int first = 0; first < left; first += kAtOnce * rows) {
-        const int row = first + my_row;
+        const int row = first + lane_number() * rows / 32;
         RawPiece<T> v[kAtOnce], u[kAtOnce];
         int pixels[kAtOnce];
 #pragma unroll
