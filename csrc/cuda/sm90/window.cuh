@@ -41,10 +41,11 @@ inline int share_of_warp(int count, int pieces, int warps, int at_once) {
   return std::clamp(at_once * (32 / pieces), count >= 16 * warps ? 16 : 8, 32);
 }
 
-// Fills a window, `count` positions of a run and `pieces` planes of channels from `first_channel`
-// on, with what source makes of them and of their vectors(channel), zeros where there is none. Of
-// the planes beyond the last channel those below `live` are zeros, and the rest is left. By kWarps
-// warps, of which this is one, `positions` at a time; a thread has kAtOnce pieces on their way.
+// Fills a window, `count` positions of a run and `pieces` planes, a power of 2, from
+// `first_channel` on, with what source makes of them and of their vectors(channel), zeros where
+// there is none. Of the planes beyond the last channel those below `live` are zeros, and the rest
+// is left. By kWarps warps, of which this is one, `positions` at a time; a thread has kAtOnce
+// pieces on their way.
 template <typename T, int kWarps, int kAtOnce, class Source, typename Vectors>
 PREACT_DEVICE void fill_window(const Source& source, const Vectors& vectors, const Run& run,
                                int count, int positions, int first_channel, int pieces, int live,
@@ -63,8 +64,7 @@ PREACT_DEVICE void fill_window(const Source& source, const Vectors& vectors, con
     const LineDivisors by(run.line);
 #pragma unroll 1
     for (int w = warp * positions; w < count; w += kWarps * positions) {
-      // What is made of a lane's number is made anew, and in no register while pieces are under
-      // way.
+      // What is made of a lane's number is made anew, and is in no register meanwhile.
       const T* const from = source.first + first_channel + (lane_number() & (pieces - 1)) * kPiece;
       const int left = count - w < positions ? count - w : positions;
       const int of_mine = run.pixel(w + lane_number(), by);
