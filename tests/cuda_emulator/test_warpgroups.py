@@ -29,11 +29,11 @@ SHAPES = [
     Shape(1, 32, 3, 70, 64, (3, 3), padding=PAD),  # rows longer than a piece of a tile
     Shape(1, 16, 2, 1000, 16, (3, 3), padding=PAD),  # the tall tile, of few channels
     Shape(2, 64, 12, 13, 64, (3, 3), (2, 2), PAD),  # four phases, of 6 x 7 or fewer pixels
-    Shape(3, 128, 11, 8, 136, (3, 3), (2, 2), PAD),
+    Shape(2, 128, 7, 6, 136, (3, 3), (2, 2), PAD),
     Shape(2, 16, 1, 1, 48, (3, 3), (2, 2), PAD),  # three phases have no pixel
-    Shape(1, 40, 16, 50, 24, (3, 3), (2, 2), PAD),
+    Shape(1, 40, 4, 50, 24, (3, 3), (2, 2), PAD),
     Shape(3, 72, 7, 7, 136, (1, 1), (2, 2)),  # three phases have no tap
-    Shape(2, 256, 9, 24, 128, (1, 1), (2, 2)),
+    Shape(2, 128, 9, 14, 128, (1, 1), (2, 2)),
 ]
 
 
