@@ -136,13 +136,12 @@ def counted(emulator, name: str, arguments: tuple):
     return found if isinstance(found, tuple) else (found,), counts, launches[0].grid
 
 
-def loaded(image: int, gap: int, tile: int, before: int, behind: int, phases=((0, 0),)) -> float:
+def loaded(image: int, gap: int, tile: int, before: int, behind: int, stride: int = 1) -> float:
     """What windows of so many positions load of two images, in images.
 
-    With so many rows, and as many positions, before and behind them. phases: of an image of stride
-    2, whose line has half as many rows and columns.
+    With so many rows, and as many positions, before and behind them; with stride 2 of each of four
+    phases, half as large.
     """
-    stride = 1 if len(phases) == 1 else 2
     size = image // stride
     pitch = size + gap
     line = 2 * pitch * pitch
@@ -151,10 +150,7 @@ def loaded(image: int, gap: int, tile: int, before: int, behind: int, phases=((0
     for first in range(0, line, tile):
         for p in range(max(first - before, 0), min(first + tile + behind, line)):
             pixels += p % pitch < size and p // pitch % pitch < size
-    return len(phases) * pixels / (2 * image * image)
-
-
-PHASES = tuple((row, column) for row in range(2) for column in range(2))
+    return stride**2 * pixels / (2 * image * image)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
@@ -166,23 +162,22 @@ def test_convolutions_touch_what_their_heads_say(emulator, kernel, stride):
     layer = Layer(torch.bfloat16, 64, 64, kernel, stride)
     calls, gap = layer.calls(), kernel // 2
     image, behind = layer.u.shape[-1], gap if stride == 1 else 0
-    phases = PHASES if stride == 2 else ((0, 0),)
     tile = 256 if gap else 128
 
     results, counts, grid = counted(emulator, "preact_conv_forward", calls["preact_conv_forward"])
-    of_u = loaded(image, gap, tile, gap, behind, phases)
+    of_u = loaded(image, gap, tile, gap, behind, stride)
     reads = {layer.u: of_u, layer.residual: 1, layer.weight: grid[0]}
     hold(counts, reads, [layer.affine], results, scratch_of_moments(grid[0]))
 
     results, counts, grid = counted(emulator, "preact_conv_dgrad", calls["preact_conv_dgrad"])
-    of_dy = len(phases) * loaded(image // stride, gap, tile, behind, gap)
+    of_dy = stride**2 * loaded(image // stride, gap, tile, behind, gap)
     both = dict.fromkeys((layer.g, layer.y), of_dy)
     reads = {**both, layer.u: 1, layer.addend: 1, layer.weight: grid[0]}
     vectors = [layer.affine, layer.y_affine, layer.y_sums]
     hold(counts, reads, vectors, results, scratch_of_sums(grid[0]))
 
     results, counts, grid = counted(emulator, "preact_conv_wgrad", calls["preact_conv_wgrad"])
-    of_u = loaded(image, gap, tile // stride, gap, behind, phases)
+    of_u = loaded(image, gap, tile // stride, gap, behind, stride)
     reads = {layer.g: 1, layer.y: 1, layer.u: of_u}
     scratch = grid[0] * 4 * layer.weight.numel()
     hold(counts, reads, vectors, results, (scratch, scratch))

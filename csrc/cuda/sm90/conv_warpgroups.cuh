@@ -99,7 +99,7 @@ struct GroupTiling {
   // Positions of a window.
   template <class Tile>
   __host__ __device__ int window() const {
-    return Tile::kPixels + conv.line.rows(conv.before() + conv.behind());
+    return Tile::kPixels + conv.line.diagonal(conv.before() + conv.behind());
   }
   // Pieces of channels of a chunk that are multiplied: what is beyond the last channel is zero.
   __host__ __device__ int live_pieces(int chunk_index) const {
@@ -176,7 +176,7 @@ template <typename T, bool kDgrad, class Tile, class Source>
 PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int warp) {
   const GroupTiling& t = work.t;
   const ConvLine conv = Tile::conv(t.conv);
-  const int lead = conv.line.rows(kDgrad ? conv.behind() : conv.before());
+  const int lead = conv.line.diagonal(kDgrad ? conv.behind() : conv.before());
   Ring ring;
   for (int tile = work.first; tile < t.tiles; tile += work.step)
     for (int phase = 0; phase < conv.phases(); ++phase) {
@@ -286,7 +286,7 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
   const ConvLine conv = Tile::conv(t.conv);
   const Line& line = conv.line;
   const LineDivisors by(line);
-  const int lead = line.rows(kDgrad ? conv.behind() : conv.before());
+  const int lead = line.diagonal(kDgrad ? conv.behind() : conv.before());
   Ring windows, weights;
   // Adds the products of a phase.
   const auto multiply_phase = [&](float (&sums)[kBlocks][kSums], bool add, int phase) {

@@ -17,8 +17,8 @@ struct Line {
 
   __host__ __device__ int pitch() const { return width + gap; }
   __host__ __device__ int of_image() const { return (height + gap) * pitch(); }
-  // So many rows, and as many columns.
-  __host__ __device__ int rows(int count) const { return count * (pitch() + 1); }
+  // Positions from one to that so many rows, and as many columns, further.
+  __host__ __device__ int diagonal(int count) const { return count * (pitch() + 1); }
 };
 
 // The pixels (stride * y + row, stride * x + column) of images of this height and width.

@@ -52,7 +52,7 @@ struct WgradLine {
   int outputs, inputs;              // K, C
   int output_pieces, input_pieces;  // that threads share, as many as there are, or a power of 2
   int grad_share, input_share;      // positions of a window that a warp fills at a time
-  int grad_plane, input_plane, input_at, phase, slot, vectors_at;  // bytes
+  int grad_plane, input_plane, input_at, input_phase, slot, vectors_at;  // bytes
   int64_t shared_bytes;
 };
 
@@ -71,8 +71,8 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   conv.stride = Tile::kStride, conv.kernel = kTaps;  // known here, spares code
   conv.line.gap = Tile::kGap;
   const Line& line = conv.line;
-  const int split = static_cast<int>(blockIdx.x), lead = line.rows(conv.before());
-  const int window_positions = Tile::kPositions + lead + line.rows(conv.behind());
+  const int split = static_cast<int>(blockIdx.x), lead = line.diagonal(conv.before());
+  const int window_positions = Tile::kPositions + lead + line.diagonal(conv.behind());
   // Warps that have one share more of dy have one less of h.
   const int from_behind = Tile::kThreads / 32 - 1 - warp;
   float* const grad_bn = reinterpret_cast<float*>(shared_memory() + t.vectors_at);
@@ -100,8 +100,8 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
     for (int phase = 0; phase < Tile::kAxisPhases * Tile::kAxisPhases; ++phase)
       fill_window<T, Tile::kThreads / 32, Tile::kInputsAtOnce>(
           input, input_vectors, Run(line, conv.input(phase), first - lead), window_positions,
-          t.input_share, first_input, t.input_pieces, 0, window + t.input_at + phase * t.phase,
-          t.input_plane, from_behind);
+          t.input_share, first_input, t.input_pieces, 0,
+          window + t.input_at + phase * t.input_phase, t.input_plane, from_behind);
   };
 
   const int group = warp / 4, row = group % kTaps;  // of the kernel
@@ -113,7 +113,7 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
     __syncthreads();  // the window is filled, and the products of the one before are done
     const Operand dy(window + group_output / kPiece * t.grad_plane, kCore, t.grad_plane);
     // of the tap whose source lies farthest before
-    const Operand h(window + t.input_at + Tile::phase_of(row) * Tile::kAxisPhases * t.phase +
+    const Operand h(window + t.input_at + Tile::phase_of(row) * Tile::kAxisPhases * t.input_phase +
                         (lead + Tile::source_of(row) * line.pitch() - Tile::kGap) * kCoreRow,
                     kCore, t.input_plane);
     products_begin();
@@ -121,10 +121,10 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
     for (int p = 0; p < Tile::kPositions; p += kProductDepth)
 #pragma unroll
       for (int s = 0; s < kTaps; ++s)
-        warpgroup_multiply<true, true>(
-            sums[s], dy.moved(p * kCoreRow),
-            h.moved(Tile::phase_of(s) * t.phase + (p + Tile::kGap + Tile::source_of(s)) * kCoreRow),
-            true, T{});
+        warpgroup_multiply<true, true>(sums[s], dy.moved(p * kCoreRow),
+                                       h.moved(Tile::phase_of(s) * t.input_phase +
+                                               (p + Tile::kGap + Tile::source_of(s)) * kCoreRow),
+                                       true, T{});
     products_commit();
     if (tile + t.splits < t.tiles) fill(tile + t.splits, next);
     products_wait<0>();
@@ -169,14 +169,14 @@ WgradLine wgrad_line(const ConvShape& s) {
   t.input_pieces = shared_pieces(t.inputs, Tile::kInputs / kPiece);
   constexpr int kWarps = Tile::kThreads / 32;
   t.grad_share = share_of_warp(Tile::kPositions, t.output_pieces, kWarps, Tile::kGradsAtOnce);
-  const int around = t.conv.line.rows(t.conv.before() + t.conv.behind());
+  const int around = t.conv.line.diagonal(t.conv.before() + t.conv.behind());
   t.input_share =
       share_of_warp(Tile::kPositions + around, t.input_pieces, kWarps, Tile::kInputsAtOnce);
   t.grad_plane = plane_bytes(Tile::kPositions, t.output_pieces);
   t.input_plane = plane_bytes(Tile::kPositions + around, t.input_pieces);
   t.input_at = t.grad_plane * (Tile::kOutputs / kPiece);
-  t.phase = t.input_plane * (Tile::kInputs / kPiece);
-  t.slot = t.input_at + t.phase * Tile::kAxisPhases * Tile::kAxisPhases;
+  t.input_phase = t.input_plane * (Tile::kInputs / kPiece);
+  t.slot = t.input_at + t.input_phase * Tile::kAxisPhases * Tile::kAxisPhases;
   t.vectors_at = kWgradSlots * t.slot;
   t.shared_bytes = t.vectors_at + (Tile::kGradFloats + Tile::kInputFloats) * sizeof(float);
   return t;
@@ -193,7 +193,8 @@ bool run(const CudaRuntime& runtime, const PreactConvWgrad& op) {
     const int64_t channel_tiles = ceil_div(k, Tile::kOutputs) * ceil_div(c, Tile::kInputs);
     const int64_t partial_bytes = k * c * taps * static_cast<int64_t>(sizeof(float));
     const int64_t of_output = op.grad.output ? 2 : 1;  // tensors
-    const int64_t moved = s.input.pixels() * (c + of_output * k) * static_cast<int64_t>(sizeof(T));
+    const int64_t moved = (s.input.pixels() * c + of_output * s.output.pixels() * k) *
+                          static_cast<int64_t>(sizeof(T));
     t.splits = static_cast<int>(choose_splits(multiprocessors(runtime.device) / channel_tiles,
                                               moved, partial_bytes, t.tiles));
     float* const partial =
