@@ -830,6 +830,22 @@ def test_whatever_forward_reads_counts(change, copied, monkeypatch):
     torch.testing.assert_close(module(images), after)
 
 
+def test_another_ones_way_to_read_modules_stays(monkeypatch):
+    """convert() watches nn.Module.__getattribute__ for a moment; others watch it for longer."""
+    read = set()
+
+    def watched(self, name):
+        read.add(name)
+        return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(nn.Module, "__getattribute__", watched)
+    model = WideUnit(16, 16, 1)
+    fused_preact.convert(model)
+    assert isinstance(model, Converted)
+    assert vars(nn.Module)["__getattribute__"] is watched
+    assert {"droprate", "same"} <= read  # by forward, which convert() has run
+
+
 def test_what_forward_does_not_read_does_not_count():
     module = Switched()
     module.epoch, module.seen = 0, []

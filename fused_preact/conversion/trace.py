@@ -128,20 +128,28 @@ _OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 
 @contextmanager
 def _recorded(reads: dict[nn.Module, set[str]]) -> Iterator[None]:
-    """Notes which attributes of which modules are read; nothing, where only the children are."""
+    """Notes which attributes of which modules are read; nothing, where only the children are.
+
+    Another's own way to read them goes on, and stands there again afterwards.
+    """
+    others = vars(nn.Module).get("__getattribute__")
+    get = others or object.__getattribute__
 
     def read(self: Any, name: str) -> Any:
         if name == "_modules":
             reads.setdefault(self, set())
         elif name not in _OF_EVERY_MODULE:
             reads.setdefault(self, set()).add(name)
-        return object.__getattribute__(self, name)
+        return get(self, name)
 
     nn.Module.__getattribute__ = read  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del nn.Module.__getattribute__
+        if others:
+            nn.Module.__getattribute__ = others  # type: ignore[method-assign]
+        else:
+            del nn.Module.__getattribute__
 
 
 @contextmanager
