@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 beside = tuple(one for one in everybody if one.ours or one == EAGER)
             network = case.group in ("step", "attack", "host")
             quick = case.quick and not (slow and case.group != "operator")
-            wanted = full or quick or (networks and (case.quick or network))
+            wanted = full or quick or (networks and (case.quick or (network and not slow)))
             for contender in beside if wanted else ():
                 name = f"{case.group}-{case.name}-{case.passes}-{dtype}-{contender.name}"
                 parameters.append(pytest.param(case, dtype, contender, beside, id=name))
