@@ -165,8 +165,9 @@ std::pair<ConvTiling, Grid> tile_conv(const CudaRuntime& runtime, Kernel kernel,
 
 // Calls run.operator()<Tile>(): in 16 bits the largest tile that leaves nothing over, with blocks
 // enough to fill the device and room in its shared memory, and that gives no multiprocessor more to
-// multiply than WideTile does. The narrow one where channels are few, so that two blocks have room
-// in a multiprocessor, or pixels, so that twice as many multiprocessors have one.
+// multiply than WideTile does; of few source channels the busy one in its place, since most of the
+// work is to store. The narrow one where channels are few, so that two blocks have room in a
+// multiprocessor, or pixels, so that twice as many multiprocessors have one.
 template <typename T, typename F>
 void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixels,
                  int64_t channels, int64_t source_channels, F&& run) {
@@ -186,7 +187,9 @@ void choose_tile(const CudaRuntime& runtime, Activation activation, int64_t pixe
     };
     if (fills(WidestTile(), kWidestBytes)) return run.template operator()<WidestTile>();
     if (fills(LargeTile(), kWidestBytes)) return run.template operator()<LargeTile>();
-    if (fills(WideTile(), kWideBytes)) return run.template operator()<WideTile>();
+    const bool few_sources =
+        activation == Activation::kRelu && source_channels <= NarrowTile::kChannels;
+    if (!few_sources && fills(WideTile(), kWideBytes)) return run.template operator()<WideTile>();
     if (activation == Activation::kRelu) {
       const bool few_channels = std::max(channels, source_channels) <= NarrowTile::kChannels;
       const bool few_blocks =

@@ -458,10 +458,21 @@ def test_few_channels_have_a_tile_of_their_own(emulator):
 
 
 def test_large_tiles_need_room_and_blocks_enough(emulator):
-    """16 bits, a large shared memory, a tile a multiprocessor, none with more than 128 by 128."""
+    """16 bits, a large shared memory, a tile a multiprocessor, none with more than 128 by 128.
 
-    def tile(channels, multiprocessors, shared_bytes, dtype=torch.bfloat16, activation="relu"):
-        u, weight = torch.zeros(2, 8, 16, 16, dtype=dtype), torch.zeros(channels, 8, 3, 3)
+    With ReLU and few source channels most of the work is to store: tiles that have more warps.
+    """
+
+    def tile(
+        channels,
+        multiprocessors,
+        shared_bytes,
+        dtype=torch.bfloat16,
+        activation="relu",
+        sources=40,
+    ):
+        u, weight = torch.zeros(2, sources, 16, 16), torch.zeros(channels, sources, 3, 3)
+        u = u.to(dtype, memory_format=torch.channels_last)
         with emulator.recording(multiprocessors, shared_bytes) as launches:
             emulator.operators.preact_conv_forward(
                 *(u, None, weight.to(dtype), None, (1, 1), (1,) * 4, (1, 1), 1, activation, False)
@@ -469,6 +480,8 @@ def test_large_tiles_need_room_and_blocks_enough(emulator):
         return conv_tile(launches[0])
 
     assert tile(128, 4, 163 * 1024) == (128, 128)
+    assert tile(128, 4, 163 * 1024, sources=32) == (128, 64)
+    assert tile(128, 4, 163 * 1024, activation="silu", sources=32) == (128, 128)
     assert tile(128, 5, 163 * 1024) == (128, 64)
     assert tile(128, 4, 99 * 1024) == (128, 64)
     assert tile(192, 4, 163 * 1024) == (128, 64)

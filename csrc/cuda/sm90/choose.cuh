@@ -21,9 +21,10 @@ inline bool warpgroups_can(const CudaRuntime& runtime, Dtype dtype, Activation a
 }
 
 // Calls run.operator()<T, Tile>(tiling): a tile of 128 channels where not too many of them are left
-// over and the tiles fill the device, else one of 64; with twice the positions where shared memory
-// has no room for two blocks, or the stride is 2. Returns whether there is one that fits into the
-// device's shared memory and, with stride 2, fills the device.
+// over and the tiles fill the device, or of a 1x1 whose weights stay of 256, which reads what it
+// transforms less often; else one of 64, with twice the positions where shared memory has no room
+// for two blocks, or the stride is 2. Returns whether there is one that fits into the device's
+// shared memory and, with stride 2 or of a 1x1, fills the device.
 template <bool kDgrad, class Op, typename F>
 bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_channels,
                        int64_t result_channels, const F& run) {
@@ -37,15 +38,20 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
       run.template operator()<f16, Tile>(tiling);
     return true;
   };
-  // By tiles of 256 positions: a quarter of it may be idle, since tiles half as large take longer.
-  const auto fills_device = [&](int64_t across) {
-    const int64_t tiles = ceil_div(positions_of(s), WideGroups::kPixels) * across;
-    return 4 * tiles >= 3 * multiprocessors(runtime.device);
+  // A quarter of it may be idle, since tiles half as large take longer.
+  const auto fills_device = [&](int64_t positions, int64_t channels) {
+    const int64_t tiles = ceil_div(positions_of(s), positions);
+    return 4 * tiles * ceil_div(result_channels, channels) >= 3 * multiprocessors(runtime.device);
   };
-  const int64_t across = ceil_div(result_channels, WideGroups::kChannels);
-  const bool few_left =
-      5 * (across * WideGroups::kChannels - result_channels) <= 3 * result_channels;
-  if (few_left && fills_device(across))
+  const auto takes = [&](int64_t channels) {
+    const int64_t left = ceil_div(result_channels, channels) * channels - result_channels;
+    return 5 * left <= 3 * result_channels && fills_device(WideGroups::kPixels, channels);
+  };
+  const bool weights_stay = source_channels <= kWeightSlots * kMostChunk;
+  if (is_pointwise(s) && weights_stay && takes(BroadGroups::kChannels) &&
+      with_tile.template operator()<BroadGroups>())
+    return true;
+  if (takes(WideGroups::kChannels))
     if (is_pointwise(s) ? with_tile.template operator()<PointGroups>()
                         : with_tile.template operator()<WideGroups>())
       return true;
@@ -53,10 +59,12 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
       tile_line<kDgrad, SlimGroups>(s, source_channels, result_channels).shared.total;
   const bool strided = s.stride_height > 1;
   if ((strided || 2 * slim > most_shared_bytes(runtime.device)) &&
-      fills_device(ceil_div(result_channels, TallGroups::kChannels)) &&
+      fills_device(TallGroups::kPixels, TallGroups::kChannels) &&
       with_tile.template operator()<TallGroups>())
     return true;
-  return !strided && with_tile.template operator()<SlimGroups>();
+  if (strided || (is_pointwise(s) && !fills_device(SlimGroups::kPixels, SlimGroups::kChannels)))
+    return false;
+  return with_tile.template operator()<SlimGroups>();
 }
 
 // As many blocks as the device has room for: neighbours have the same positions, other channels.

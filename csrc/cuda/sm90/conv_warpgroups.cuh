@@ -1,12 +1,12 @@
 // The kernel body of convolutions that multiply with wgmma, in 16 bits: tiles of positions on a
-// line (line.cuh) by 64 or 128 channels.
+// line (line.cuh) by 64, 128 or 256 channels.
 //
 // Warps have roles. Source warps load what a tile reads, transform it once, and store it where
 // every tap finds it: a window, in planes of eight channels, one 16-byte row for each position.
 // Eight rows are a core matrix wherever they begin, so that a tap is an address. Weight warps copy
-// weights, likewise in planes. Two warpgroups multiply, each its own positions, and store results.
-// Windows and weights lie in rings of slots; of each slot one barrier says that it is full, one
-// that it is empty, and nobody waits for anybody else.
+// weights, likewise in planes. Two warpgroups or four multiply, each its own positions or channels,
+// and store results. Windows and weights lie in rings of slots; of each slot one barrier says that
+// it is full, one that it is empty, and nobody waits for anybody else.
 #pragma once
 
 #include "../epilogues.cuh"
@@ -26,12 +26,16 @@ constexpr int kSourcesAtOnce = kDgrad ? 2 : 4;
 constexpr int kWeightsBehind = 2;  // steps whose copies are under way while others are begun
 static_assert(kWeightsBehind < kWeightSlots);
 
-// Two warpgroups multiply kBlocks times 64 positions each, and store kChannels channels; of a 1x1
-// that moves no pixel alone if kPointwise.
-template <int kBlocks_, int kChannels_, int kSourceWarps_, int kWeightWarps_, int kResident_,
-          int kRegisters_, int kOtherRegisters_, bool kPointwise = false>
+// kDown by kAcross warpgroups multiply kBlocks times 64 positions and kGroupChannels channels each;
+// of a 1x1 that moves no pixel alone if kPointwise.
+template <int kDown_, int kAcross_, int kBlocks_, int kGroupChannels_, int kSourceWarps_,
+          int kWeightWarps_, int kResident_, int kRegisters_, int kOtherRegisters_,
+          bool kPointwise = false>
 struct GroupTile {
-  static constexpr int kBlocks = kBlocks_, kChannels = kChannels_;
+  static constexpr int kDown = kDown_, kAcross = kAcross_;
+  static constexpr int kBlocks = kBlocks_, kGroupChannels = kGroupChannels_;
+  static constexpr int kGroupPieces = kGroupChannels / kPiece;
+  static constexpr int kChannels = kAcross * kGroupChannels;
   // Stride 2 alone where registers are left for it.
   static constexpr bool kStrided = kBlocks > 1;
   // Known here, a 1x1 has no code for gaps, and stride 1 none for phases.
@@ -43,17 +47,23 @@ struct GroupTile {
     }
     return conv;
   }
-  static constexpr int kWarps = 2 * kWarpgroup / 32;  // that multiply
+  static constexpr int kWarpsDown = kDown * kWarpgroup / 32;
+  static constexpr int kWarps = kWarpsDown * kAcross;  // that multiply
+  // Of a warp that multiplies: where it is along the positions, and its warpgroup's pieces.
+  PREACT_DEVICE static int down(int warp) { return kAcross == 1 ? warp : warp % kWarpsDown; }
+  PREACT_DEVICE static int first_piece(int warp) {
+    return kAcross == 1 ? 0 : warp / kWarpsDown * kGroupPieces;
+  }
   static constexpr int kSourceWarps = kSourceWarps_, kWeightWarps = kWeightWarps_;
   static constexpr int kWeightThreads = 32 * kWeightWarps;
   static constexpr int kThreads = 32 * (kWarps + kSourceWarps + kWeightWarps);
   static_assert(kThreads % kWarpgroup == 0);
-  static constexpr int kPixels = 2 * kBlocks * kProductRows;
+  static constexpr int kPixels = kDown * kBlocks * kProductRows;
   static constexpr int kResident = kResident_;  // blocks of a multiprocessor
   // Of a warp, the results that are on their way, in a pitch with which neither the products'
   // layout nor pieces meet in a bank. In the end a warp's sums for the reduction lie there.
-  static constexpr int kStageRows = 1024 / kChannels;
-  static constexpr int kStagePitch = spaced(kChannels) + (kChannels == 64 ? 0 : 8);
+  static constexpr int kStageRows = 1024 / kGroupChannels;
+  static constexpr int kStagePitch = spaced(kGroupChannels) + (kGroupChannels == 64 ? 0 : 8);
   static constexpr int kStageBytes = kStageRows * kStagePitch * 4;
   static constexpr int kMeanBytes = spaced(kChannels) * 4;
   // Of a thread that multiplies and of one that does not.
@@ -63,10 +73,11 @@ struct GroupTile {
       reduce_floats(Moments::kValues, kThreads / (kChannels / kPiece), kChannels, kThreads) *
       static_cast<int64_t>(sizeof(float));
 };
-using SlimGroups = GroupTile<1, 64, 3, 1, 2, 88, 64>;
-using TallGroups = GroupTile<2, 64, 6, 2, 1, 184, 72>;
-using WideGroups = GroupTile<2, 128, 6, 2, 1, 192, 64>;
-using PointGroups = GroupTile<1, 128, 10, 2, 1, 144, 64, true>;
+using SlimGroups = GroupTile<2, 1, 1, 64, 3, 1, 2, 88, 64>;
+using TallGroups = GroupTile<2, 1, 2, 64, 6, 2, 1, 184, 72>;
+using WideGroups = GroupTile<2, 1, 2, 128, 6, 2, 1, 192, 64>;
+using PointGroups = GroupTile<2, 1, 1, 128, 10, 2, 1, 144, 64, true>;
+using BroadGroups = GroupTile<1, 4, 1, 64, 6, 2, 1, 88, 64, true>;
 
 struct GroupBarriers {
   Barrier source_full[kSourceSlots], source_empty[kSourceSlots];
@@ -136,7 +147,8 @@ GroupTiling tile_line(const ConvShape& shape, int64_t source_channels, int64_t r
   at.weight_plane = plane_bytes(weight_rows<kDgrad, Tile>(t), pieces);
   at.weight_slot = at.weight_plane * pieces;
   const int steps = t.chunks * t.taps();
-  t.resident = steps <= kMostResident && int64_t{steps} * at.weight_slot <= kResidentWeights;
+  t.resident = steps <= kWeightSlots ||
+               (steps <= kMostResident && int64_t{steps} * at.weight_slot <= kResidentWeights);
   t.weight_slots = t.resident ? steps : kWeightSlots;
   at.source_plane = plane_bytes(t.window<Tile>(), t.chunk_pieces);
   at.source_slot = at.source_plane * t.chunk_pieces;
@@ -171,12 +183,15 @@ struct GroupWork {
   }
 };
 
-// Windows of a block's tiles; `warp` counts those with this role.
+// Windows of a block's tiles; `warp` counts those with this role. They take turns, so that none of
+// them has more shares to fill in the end.
 template <typename T, bool kDgrad, class Tile, class Source>
 PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int warp) {
   const GroupTiling& t = work.t;
   const ConvLine conv = Tile::conv(t.conv);
   const int lead = conv.line.diagonal(kDgrad ? conv.behind() : conv.before());
+  const int shares = (t.window<Tile>() + t.source_share - 1) / t.source_share;
+  const int turn = shares % Tile::kSourceWarps;
   Ring ring;
   for (int tile = work.first; tile < t.tiles; tile += work.step)
     for (int phase = 0; phase < conv.phases(); ++phase) {
@@ -190,6 +205,7 @@ PREACT_DEVICE void fill_windows(const GroupWork& work, const Source& source, int
             t.source_share, chunk * t.chunk(), t.chunk_pieces, t.live_pieces(chunk),
             work.window(ring.slot), t.shared.source_plane, warp);
         warp_arrives(&work.barriers.source_full[ring.slot]);
+        warp = warp < turn ? warp - turn + Tile::kSourceWarps : warp - turn;
       }
     }
 }
@@ -263,8 +279,8 @@ PREACT_DEVICE Sums parked(const float* stage) {
   return sums;
 }
 
-// Which of `pieces` of a row a lane stores, and in which of a warp's `rows` rows: from `rows` on,
-// in none.
+// Which of its warpgroup's `pieces` of a row a lane stores, and in which of a warp's `rows` rows:
+// from `rows` on, in none.
 struct StoringLane {
   int column, row, rows;
 
@@ -272,16 +288,27 @@ struct StoringLane {
       : column(lane_number() % pieces), row(lane_number() / pieces), rows(32 / pieces) {}
 };
 
+// Of `pieces` that a warpgroup stores; the last one may have less.
+template <class Tile>
+PREACT_DEVICE StoringLane storing_lane(const GroupWork& work, int pieces, int warp) {
+  StoringLane lane(pieces);
+  if constexpr (Tile::kAcross > 1) {
+    const int left = (work.t.result_count - work.first_channel) / kPiece - Tile::first_piece(warp);
+    if (lane.column >= left) lane.row = lane.rows;
+  }
+  return lane;
+}
+
 // Multiplies and stores a block's tiles, as a warp that multiplies; `pieces` of each position.
 template <typename T, bool kDgrad, class Tile, class Epilogue>
 PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
                                   const Epilogue& epilogue, float* stage, int pieces) {
-  constexpr int kBlocks = Tile::kBlocks, kSums = Tile::kChannels / 2;
+  constexpr int kBlocks = Tile::kBlocks, kSums = Tile::kGroupChannels / 2;
   constexpr int kReads = kDgrad ? 1 : 2;         // rows that are read at once
   constexpr int kHalves = Tile::kStageRows / 8;  // of 16 rows of the sums, at once in the stage
   const GroupTiling& t = work.t;
-  const int warp = warp_number();
-  const int group_position = warp / 4 * kBlocks * kProductRows;
+  const int warp = warp_number(), first_piece = Tile::first_piece(warp);
+  const int group_position = Tile::down(warp) / 4 * kBlocks * kProductRows;
   typename Epilogue::Thread mine(epilogue, work.first_channel);  // whose pieces are all whole
   const ConvLine conv = Tile::conv(t.conv);
   const Line& line = conv.line;
@@ -312,8 +339,9 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
           barrier_wait(&work.barriers.weights_full[weights.slot], t.resident ? 0 : weights.phase);
           const Operand a(work.window(windows.slot) + position * kCoreRow, t.shared.source_plane,
                           kCore);
-          const Operand b(work.weights(weights.slot), kDgrad ? kCore : t.shared.weight_plane,
-                          kDgrad ? t.shared.weight_plane : kCore);
+          const Operand b(
+              work.weights(weights.slot) + first_piece * (kDgrad ? t.shared.weight_plane : kCore),
+              kDgrad ? kCore : t.shared.weight_plane, kDgrad ? t.shared.weight_plane : kCore);
           const auto multiply = [&](int k) {
             products_begin();
             const Operand b_k = b.moved(k * (kDgrad ? 2 * kCore : 2 * t.shared.weight_plane));
@@ -346,8 +374,8 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
   const auto store_phase = [&](int tile, const float (&sums)[kBlocks][kSums], const Phase& phase) {
     const Run run(line, phase, tile * Tile::kPixels + group_position + warp % 4 * 16);
     const int lane = lane_number();
-    const auto [column, row, rows] = StoringLane(pieces);
-    const int my_channel = work.first_channel + column * kPiece;
+    const auto [column, row, rows] = storing_lane<Tile>(work, pieces, warp);
+    const int my_channel = work.first_channel + (first_piece + column) * kPiece;
     // Unsigned: a product of 32 bits by 32 is one instruction then.
     const auto start_of = [&](int pixel) {
       return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(result.count)} *
@@ -395,7 +423,8 @@ PREACT_DEVICE void multiply_tiles(const GroupWork& work, const Channels& result,
             Piece v;
             read_piece(stage + (at + j * rows) * Tile::kStagePitch + spaced(column * kPiece), v);
             // read for each piece: kept over them, its registers would be spilled
-            if constexpr (kDgrad) read_piece(work.means(column * kPiece), vectors.mean);
+            if constexpr (kDgrad)
+              read_piece(work.means((first_piece + column) * kPiece), vectors.mean);
             mine.store(start_of(pixels[j]), reads[j], vectors, v);
           }
         }
@@ -455,11 +484,13 @@ PREACT_DEVICE void conv_warpgroups(const GroupTiling& t, Source source, const We
   const int channels_left = t.result_count - work.first_channel;
   const int live_pieces =
       (channels_left < Tile::kChannels ? channels_left : Tile::kChannels) / kPiece;
+  const int pieces =
+      Tile::kAcross > 1 && live_pieces > Tile::kGroupPieces ? Tile::kGroupPieces : live_pieces;
   float* const stage =
       reinterpret_cast<float*>(shared_memory() + t.shared.stages + warp * Tile::kStageBytes);
   if (warp < Tile::kWarps) {
     take_registers<Tile::kRegisters>();
-    multiply_tiles<T, kDgrad, Tile>(work, result, epilogue, stage, live_pieces);
+    multiply_tiles<T, kDgrad, Tile>(work, result, epilogue, stage, pieces);
   } else {
     give_registers<Tile::kOtherRegisters>();
     if (warp < Tile::kWarps + Tile::kSourceWarps)
@@ -477,12 +508,13 @@ PREACT_DEVICE void conv_warpgroups(const GroupTiling& t, Source source, const We
                             block,
                             work.first_channel,
                             live_pieces * kPiece};
-  const auto [column, row, rows] = StoringLane(live_pieces);
-  const int all_rows = Tile::kWarps * rows;
+  const auto [column, row, rows] = storing_lane<Tile>(work, pieces, warp);
+  const int all_rows = Tile::kWarpsDown * rows;
   const bool has_sums = warp < Tile::kWarps && row < rows;
   decltype(Epilogue::Thread::reduced) mine;
   if (has_sums) mine = parked<decltype(mine)>(stage);
-  reduce(reduction, mine, column, has_sums ? warp * rows + row : all_rows, all_rows,
+  reduce(reduction, mine, Tile::first_piece(warp) + column,
+         has_sums ? Tile::down(warp) * rows + row : all_rows, all_rows,
          reinterpret_cast<float*>(shared_memory() + t.shared.stages), reduced);
 }
 

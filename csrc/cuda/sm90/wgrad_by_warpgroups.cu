@@ -2,7 +2,7 @@
 //   dW[k, c, r, s] = sum over pixels of dy[p, k] * h[p at tap (r, s), c],
 //   dy = scale' * g' + B' * (u' - mean') + C' of the layer above, h = act(scale * (u - mean) +
 //   shift).
-// Reads g', u' [M', K] once for each 64 or 128 input channels, u [M, C] once for each 64 to 256
+// Reads g', u' [M', K] once for each 64 to 256 input channels, u [M, C] once for each 64 to 256
 // output channels with the halo of its tiles (from the cache after the first), writes `splits`
 // partial results of K*C*R*S floats. FLOPs 2*M'*K*C*R*S.
 //
@@ -16,12 +16,14 @@
 namespace preact::cuda {
 namespace {
 
-// kDown times 64 outputs by kInputs inputs, for kTaps taps in each of kTaps rows of the kernel;
-// windows of kPositions, of whose dy a thread has kGradsAtOnce pieces on their way. With stride 2 a
-// 3x3 has a window of h for each phase.
-template <int kDown, int kTaps_, int kInputs_, int kPositions_, int kGradsAtOnce_, int kStride_ = 1>
+// kDown times 64 outputs by kAcross times kGroupInputs inputs, for kTaps taps in each of kTaps rows
+// of the kernel; windows of kPositions, of whose dy a thread has kGradsAtOnce pieces on their way.
+// With stride 2 a 3x3 has a window of h for each phase.
+template <int kDown_, int kAcross, int kTaps_, int kGroupInputs_, int kPositions_,
+          int kGradsAtOnce_, int kStride_ = 1>
 struct WgradGroups {
-  static constexpr int kTaps = kTaps_, kInputs = kInputs_, kPositions = kPositions_;
+  static constexpr int kDown = kDown_, kTaps = kTaps_, kPositions = kPositions_;
+  static constexpr int kGroupInputs = kGroupInputs_, kInputs = kAcross * kGroupInputs;
   static constexpr int kStride = kStride_, kAxisPhases = std::min(kStride, kTaps);
   static constexpr int kInputsAtOnce = 4;  // pieces of h
   static constexpr int kGap = (kTaps / 2 + kStride - 1) / kStride;
@@ -31,18 +33,20 @@ struct WgradGroups {
     return (tap - kTaps / 2 - phase_of(tap)) / kStride;
   }
   static constexpr int kGradsAtOnce = kGradsAtOnce_;
-  static constexpr int kOutputs = kDown * kProductRows, kThreads = kDown * kTaps * kWarpgroup;
+  static constexpr int kOutputs = kDown * kProductRows;
+  static constexpr int kThreads = kDown * kAcross * kTaps * kWarpgroup;
   // Of BatchNorm's vectors in shared memory, which a thread reads once for each window: its
   // channels are the same in all of them.
   static constexpr int kGradPitch = spaced(kOutputs), kInputPitch = spaced(kInputs);
   static constexpr int kGradFloats = BnGrad<bf16>::kRows * kGradPitch;
   static constexpr int kInputFloats = Affine::kRows * kInputPitch;
 };
-using RowWgrad = WgradGroups<1, 3, 64, 256, 1>;
-using PointWgrad = WgradGroups<2, 1, 128, 128, 2>;
-using WidePointWgrad = WgradGroups<4, 1, 128, 128, 1>;
-using StridedRowWgrad = WgradGroups<1, 3, 64, 128, 1, 2>;
-using StridedPointWgrad = WgradGroups<4, 1, 128, 128, 1, 2>;
+using RowWgrad = WgradGroups<1, 1, 3, 64, 256, 1>;
+using PointWgrad = WgradGroups<2, 1, 1, 128, 128, 2>;
+using TallPointWgrad = WgradGroups<4, 1, 1, 128, 128, 1>;
+using WidePointWgrad = WgradGroups<2, 2, 1, 128, 128, 1>;
+using StridedRowWgrad = WgradGroups<1, 1, 3, 64, 128, 1, 2>;
+using StridedPointWgrad = WgradGroups<4, 1, 1, 128, 128, 1, 2>;
 
 constexpr int kWgradSlots = 2;
 
@@ -105,15 +109,17 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
   };
 
   const int group = warp / 4, row = group % kTaps;  // of the kernel
-  const int group_output = group / kTaps * kProductRows;
-  float sums[kTaps][Tile::kInputs / 2] = {};
+  const int group_output = group / kTaps % Tile::kDown * kProductRows;
+  const int group_input = group / kTaps / Tile::kDown * Tile::kGroupInputs;
+  float sums[kTaps][Tile::kGroupInputs / 2] = {};
   unsigned char *window = shared_memory(), *next = window + t.slot;
   if (split < t.tiles) fill(split, window);
   for (int tile = split; tile < t.tiles; tile += t.splits) {
     __syncthreads();  // the window is filled, and the products of the one before are done
     const Operand dy(window + group_output / kPiece * t.grad_plane, kCore, t.grad_plane);
     // of the tap whose source lies farthest before
-    const Operand h(window + t.input_at + Tile::phase_of(row) * Tile::kAxisPhases * t.input_phase +
+    const Operand h(window + t.input_at + group_input / kPiece * t.input_plane +
+                        Tile::phase_of(row) * Tile::kAxisPhases * t.input_phase +
                         (lead + Tile::source_of(row) * line.pitch() - Tile::kGap) * kCoreRow,
                     kCore, t.input_plane);
     products_begin();
@@ -139,11 +145,11 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void wgrad_by_warpgroups_kernel(
     products_done(sums[s]);
     const int64_t plane = int64_t{split} * kTaps * kTaps + row * kTaps + s;
 #pragma unroll
-    for (int j = 0; j < Tile::kInputs / 8; ++j)
+    for (int j = 0; j < Tile::kGroupInputs / 8; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int k = first_output + group_output + warp % 4 * 16 + 8 * h + lane / 4;
-        const int c = first_input + 8 * j + lane % 4 * 2;
+        const int c = first_input + group_input + 8 * j + lane % 4 * 2;
         if (k < t.outputs && c < t.inputs)
           store(reinterpret_cast<float2*>(partial + (plane * t.outputs + k) * t.inputs + c),
                 make_float2(sums[s][4 * j + 2 * h], sums[s][4 * j + 2 * h + 1]));
@@ -226,9 +232,11 @@ bool wgrad_by_warpgroups(const CudaRuntime& runtime, const PreactConvWgrad& op) 
     return false;
   const bool strided = s.stride_height > 1;
   if (s.kernel_height == 1 && strided) return run<StridedPointWgrad>(runtime, op);
-  if (s.kernel_height == 1)
-    return s.output.channels > PointWgrad::kOutputs ? run<WidePointWgrad>(runtime, op)
-                                                    : run<PointWgrad>(runtime, op);
+  if (s.kernel_height == 1) {
+    if (s.output.channels > PointWgrad::kOutputs) return run<TallPointWgrad>(runtime, op);
+    if (s.input.channels > PointWgrad::kInputs) return run<WidePointWgrad>(runtime, op);
+    return run<PointWgrad>(runtime, op);
+  }
   // Of few channels most of a product would be left unused.
   constexpr int kFew = 32;
   const bool few = s.input.channels <= kFew && s.output.channels <= kFew;
