@@ -128,6 +128,7 @@ LARGE = [
     Shape(40, 128, 32, 32, 128, (3, 3), padding=(1, 1, 1, 1)),
     Shape(44, 256, 28, 28, 256, (1, 1)),
     Shape(44, 320, 28, 28, 128, (1, 1)),
+    Shape(44, 128, 28, 28, 320, (1, 1)),
 ]
 
 
@@ -159,7 +160,7 @@ def test_warpgroups_under_compute_sanitizer(warpgroups, tool):
         "from cuda_emulator.cases import run\n"
         "from cuda_emulator.test_warpgroups import SHAPES\n"
         "_C.use_warpgroups(True)\n"
-        "for i in (3, 6): run(OnGpu(), SHAPES[i], torch.bfloat16, 'relu', True)\n"
+        "for i in (3, 6, 11, 12): run(OnGpu(), SHAPES[i], torch.bfloat16, 'relu', True)\n"
     )
     assert_sanitizer_finds_nothing(tool, script)
 
