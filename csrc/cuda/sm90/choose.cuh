@@ -43,6 +43,7 @@ bool run_on_warpgroups(const CudaRuntime& runtime, const Op& op, int64_t source_
     const int64_t tiles = ceil_div(positions_of(s), positions);
     return 4 * tiles * ceil_div(result_channels, channels) >= 3 * multiprocessors(runtime.device);
   };
+  // Wide tiles are counted as if each had 256 positions: with fewer, small ones end sooner.
   const auto takes = [&](int64_t channels) {
     const int64_t left = ceil_div(result_channels, channels) * channels - result_channels;
     return 5 * left <= 3 * result_channels && fills_device(WideGroups::kPixels, channels);
