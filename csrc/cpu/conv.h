@@ -75,6 +75,22 @@ inline bool winograd_is_large(int64_t channels, int64_t filters) {
   return channels * filters > 256 * 256;
 }
 
+// Tiles that are transformed and multiplied at once: few, which stay in cache, as long as a product
+// is worth its call and the weights stay there too; else many, which read those less often.
+inline int64_t tiles_at_once(int64_t channels, int64_t filters) {
+  constexpr int64_t kFewest = 32, kMost = 128;
+  if (winograd_is_large(channels, filters)) return kMost;
+  return std::clamp(2 * kCallCost / (channels * filters), kFewest, kMost);
+}
+
+// Most rows of a band of so many results: as many as stay in cache, and of large ones no fewer than
+// are multiplied at once.
+inline int64_t winograd_rows(const ConvShape& shape, const ImageShape& results, int64_t cached) {
+  const int64_t c = shape.input.channels, k = shape.output.channels;
+  if (!winograd_is_large(c, k)) return cached;
+  return std::max(cached, 2 * ceil_div(tiles_at_once(c, k), ceil_div(results.width, 2)));
+}
+
 // Whether the gradients of input and weights go over the same bands.
 template <typename O>
 bool share_bands(const ConvShape& shape) {
@@ -201,7 +217,8 @@ Bands gradient_bands(const ConvShape& shape) {
   const int64_t values = shape.input.pixels() * c + shape.output.pixels() * k;
   const int64_t most_parts = std::clamp(values / size, fewest, kMostDweights);
   const int64_t bytes = static_cast<int64_t>(sizeof(O));
-  return {shape.output, kCacheBytes / (row * bytes), most_parts,
+  const int64_t cached = kCacheBytes / (row * bytes);
+  return {shape.output, winograd ? winograd_rows(shape, shape.output, cached) : cached, most_parts,
           share_bands<O>(shape) ? size * bytes : 0, winograd ? 2 : 1};
 }
 

@@ -150,9 +150,10 @@ class InputGradient {
     const int64_t k = shape.output.channels, bytes = static_cast<int64_t>(sizeof(O));
     const int64_t row = std::max<int64_t>(source_width(shape), 1) * k * bytes;
     const int64_t weight = shape.kernel_height * shape.kernel_width * k * shape.input.channels;
-    return {shape.input, kCacheBytes * shape.stride_height / row,
-            step(shape) == 2 ? winograd_parts(shape, shape.input) : kMostParts, weight * bytes,
-            step(shape)};
+    const int64_t cached = kCacheBytes * shape.stride_height / row;
+    if (step(shape) == 1) return {shape.input, cached, kMostParts, weight * bytes, 1};
+    return {shape.input, winograd_rows(shape, shape.input, cached),
+            winograd_parts(shape, shape.input), weight * bytes, step(shape)};
   }
 
   // A band of rows [x, end) reads rows [first_p(x), last_p(end - 1)] of dy, and of each the columns

@@ -93,8 +93,9 @@ class WinogradProducts {
 
   Bands bands() const {
     const int64_t row = window.width * shape.input.channels;
-    const int64_t most = kCacheBytes / (row * static_cast<int64_t>(sizeof(float)));
-    return {shape.output, most, winograd_parts(shape, shape.output), conv_.weight_bytes(), kStep};
+    const int64_t cached = kCacheBytes / (row * static_cast<int64_t>(sizeof(float)));
+    return {shape.output, winograd_rows(shape, shape.output, cached),
+            winograd_parts(shape, shape.output), conv_.weight_bytes(), kStep};
   }
   int64_t pitch() const { return window.width - 2; }
   int64_t tile_rows(const Bands& bands) const {

@@ -48,14 +48,6 @@ inline ConvShape in_whole_tiles(ConvShape shape) {
   return shape;
 }
 
-// Tiles that are transformed and multiplied at once: few, which stay in cache, as long as a product
-// is worth its call and the weights stay there too; else many, which read those less often.
-inline int64_t tiles_at_once(int64_t channels, int64_t filters) {
-  constexpr int64_t kFewest = 32, kMost = 128;
-  if (winograd_is_large(channels, filters)) return kMost;
-  return std::clamp(2 * kCallCost / (channels * filters), kFewest, kMost);
-}
-
 // Most parts of the work on so many results, so that most of them multiply as many tiles at once.
 inline int64_t winograd_parts(const ConvShape& shape, const ImageShape& results) {
   const int64_t tiles = results.images * ceil_div(results.height, 2) * ceil_div(results.width, 2);

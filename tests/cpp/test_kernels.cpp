@@ -453,9 +453,9 @@ void test_all(const std::string& dtype) {
 
 int main() {
   test_all<float>("float32");
-  test_conv<float>("weights that fill the caches",
-                   conv_shape({3, 2, 2, 260}, 256, 3, 1, 1, 1, 1, 1), Activation::kRelu, true,
-                   false, true);
+  for (const ImageShape& image : {ImageShape{3, 2, 2, 260}, {1, 130, 3, 260}})
+    test_conv<float>("weights that fill the caches", conv_shape(image, 256, 3, 1, 1, 1, 1, 1),
+                     Activation::kRelu, true, false, true);
   test_all<double>("float64");
   test_all<bf16>("bfloat16");
   in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false};
