@@ -39,9 +39,9 @@ def test_no_kernel_spills(kernels):
                 continue
             most = 16 if re.match(r"preact_conv_forward_.*<128, 1, 16, 64,", kernel.name) else 0
             # half a pointer, once for the pieces of dy that are on their way
-            most = 8 if "WgradGroups<1, 1, 3, 64, 128, 1, 2>" in kernel.name else most
+            most = 8 if "StridedRowWgrad" in kernel.name else most
             # 512 threads, half of whose registers are sums: spills in the prologue
-            most = 56 if re.search("WgradGroups<(4, 1|2, 2),", kernel.name) else most
+            most = 56 if re.search("(Tall|Wide|Strided)PointWgrad", kernel.name) else most
             assert max(kernel.stack_bytes, kernel.spill_bytes) <= most, (
                 f"{architecture} {kernel.name}"
             )
@@ -76,9 +76,9 @@ needs_sm90a = pytest.mark.skipif(
 @pytest.mark.parametrize("file", [file for file in SM90 if "wgrad" not in file])
 def test_warpgroups_share_the_registers_of_their_launch(kernels, file):
     """Two blocks of 384 threads, one of 512, 640 or 768: with fewer they wait for ever for more."""
-    registers = {"<2, 1, 1, 64,": 80, "<2, 1, 2,": 128, "<2, 1, 1, 128,": 96, "<1, 4, 1, 64,": 80}
+    registers = {"Slim": 80, "Tall": 128, "Wide": 128, "Point": 96, "Broad": 80}
     for kernel in kernels["90a", file]:
-        (of_tile,) = (n for tile, n in registers.items() if f"GroupTile{tile}" in kernel.name)
+        (of_tile,) = (n for tile, n in registers.items() if f"{tile}Groups" in kernel.name)
         assert kernel.registers == of_tile, kernel.name
 
 

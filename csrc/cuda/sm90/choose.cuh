@@ -9,6 +9,9 @@ namespace preact::cuda {
 
 bool warpgroups_used();
 
+// Of so few channels most of a product would be left unused.
+constexpr int64_t kFew = 32;
+
 // Whether the device, and all of a convolution but its tensors' alignment, are such that these
 // kernels can run.
 inline bool warpgroups_can(const CudaRuntime& runtime, Dtype dtype, Activation activation,

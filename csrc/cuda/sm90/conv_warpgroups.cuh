@@ -26,14 +26,21 @@ constexpr int kSourcesAtOnce = kDgrad ? 2 : 4;
 constexpr int kWeightsBehind = 2;  // steps whose copies are under way while others are begun
 static_assert(kWeightsBehind < kWeightSlots);
 
-// kDown by kAcross warpgroups multiply kBlocks times 64 positions and kGroupChannels channels each;
-// of a 1x1 that moves no pixel alone if kPointwise.
-template <int kDown_, int kAcross_, int kBlocks_, int kGroupChannels_, int kSourceWarps_,
-          int kWeightWarps_, int kResident_, int kRegisters_, int kOtherRegisters_,
-          bool kPointwise = false>
+// What a tile is made of.
+struct GroupShape {
+  int down = 2, across = 1;  // warpgroups that multiply: along positions, along channels
+  int blocks = 1;            // of 64 positions, of each of them
+  int group_channels;        // of each of them
+  int source_warps, weight_warps;
+  int resident = 1;                // blocks of a multiprocessor
+  int registers, other_registers;  // of a thread that multiplies, of one that does not
+  bool pointwise = false;          // of a 1x1 that moves no pixel alone
+};
+
+template <GroupShape kShape>
 struct GroupTile {
-  static constexpr int kDown = kDown_, kAcross = kAcross_;
-  static constexpr int kBlocks = kBlocks_, kGroupChannels = kGroupChannels_;
+  static constexpr int kDown = kShape.down, kAcross = kShape.across;
+  static constexpr int kBlocks = kShape.blocks, kGroupChannels = kShape.group_channels;
   static constexpr int kGroupPieces = kGroupChannels / kPiece;
   static constexpr int kChannels = kAcross * kGroupChannels;
   // Stride 2 alone where registers are left for it.
@@ -41,7 +48,7 @@ struct GroupTile {
   // Known here, a 1x1 has no code for gaps, and stride 1 none for phases.
   PREACT_DEVICE static ConvLine conv(ConvLine conv) {
     if constexpr (!kStrided) conv.stride = 1;
-    if constexpr (kPointwise) {
+    if constexpr (kShape.pointwise) {
       conv.line.gap = 0;
       conv.kernel = 1;
     }
@@ -54,30 +61,57 @@ struct GroupTile {
   PREACT_DEVICE static int first_piece(int warp) {
     return kAcross == 1 ? 0 : warp / kWarpsDown * kGroupPieces;
   }
-  static constexpr int kSourceWarps = kSourceWarps_, kWeightWarps = kWeightWarps_;
+  static constexpr int kSourceWarps = kShape.source_warps, kWeightWarps = kShape.weight_warps;
   static constexpr int kWeightThreads = 32 * kWeightWarps;
   static constexpr int kThreads = 32 * (kWarps + kSourceWarps + kWeightWarps);
   static_assert(kThreads % kWarpgroup == 0);
   static constexpr int kPixels = kDown * kBlocks * kProductRows;
-  static constexpr int kResident = kResident_;  // blocks of a multiprocessor
+  static constexpr int kResident = kShape.resident;
   // Of a warp, the results that are on their way, in a pitch with which neither the products'
   // layout nor pieces meet in a bank. In the end a warp's sums for the reduction lie there.
   static constexpr int kStageRows = 1024 / kGroupChannels;
   static constexpr int kStagePitch = spaced(kGroupChannels) + (kGroupChannels == 64 ? 0 : 8);
   static constexpr int kStageBytes = kStageRows * kStagePitch * 4;
   static constexpr int kMeanBytes = spaced(kChannels) * 4;
-  // Of a thread that multiplies and of one that does not.
-  static constexpr int kRegisters = kRegisters_, kOtherRegisters = kOtherRegisters_;
+  static constexpr int kRegisters = kShape.registers, kOtherRegisters = kShape.other_registers;
   static_assert(registers_suffice(kThreads, kResident, 32 * kWarps, kRegisters, kOtherRegisters));
   static constexpr int64_t kReduceBytes =
       reduce_floats(Moments::kValues, kThreads / (kChannels / kPiece), kChannels, kThreads) *
       static_cast<int64_t>(sizeof(float));
 };
-using SlimGroups = GroupTile<2, 1, 1, 64, 3, 1, 2, 88, 64>;
-using TallGroups = GroupTile<2, 1, 2, 64, 6, 2, 1, 184, 72>;
-using WideGroups = GroupTile<2, 1, 2, 128, 6, 2, 1, 192, 64>;
-using PointGroups = GroupTile<2, 1, 1, 128, 10, 2, 1, 144, 64, true>;
-using BroadGroups = GroupTile<1, 4, 1, 64, 6, 2, 1, 88, 64, true>;
+// By name: kernels are called after them.
+struct SlimGroups : GroupTile<GroupShape{.group_channels = 64,
+                                         .source_warps = 3,
+                                         .weight_warps = 1,
+                                         .resident = 2,
+                                         .registers = 88,
+                                         .other_registers = 64}> {};
+struct TallGroups : GroupTile<GroupShape{.blocks = 2,
+                                         .group_channels = 64,
+                                         .source_warps = 6,
+                                         .weight_warps = 2,
+                                         .registers = 184,
+                                         .other_registers = 72}> {};
+struct WideGroups : GroupTile<GroupShape{.blocks = 2,
+                                         .group_channels = 128,
+                                         .source_warps = 6,
+                                         .weight_warps = 2,
+                                         .registers = 192,
+                                         .other_registers = 64}> {};
+struct PointGroups : GroupTile<GroupShape{.group_channels = 128,
+                                          .source_warps = 10,
+                                          .weight_warps = 2,
+                                          .registers = 144,
+                                          .other_registers = 64,
+                                          .pointwise = true}> {};
+struct BroadGroups : GroupTile<GroupShape{.down = 1,
+                                          .across = 4,
+                                          .group_channels = 64,
+                                          .source_warps = 6,
+                                          .weight_warps = 2,
+                                          .registers = 88,
+                                          .other_registers = 64,
+                                          .pointwise = true}> {};
 
 struct GroupBarriers {
   Barrier source_full[kSourceSlots], source_empty[kSourceSlots];

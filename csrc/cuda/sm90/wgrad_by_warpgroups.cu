@@ -16,15 +16,24 @@
 namespace preact::cuda {
 namespace {
 
-// kDown times 64 outputs by kAcross times kGroupInputs inputs, for kTaps taps in each of kTaps rows
-// of the kernel; windows of kPositions, of whose dy a thread has kGradsAtOnce pieces on their way.
-// With stride 2 a 3x3 has a window of h for each phase.
-template <int kDown_, int kAcross, int kTaps_, int kGroupInputs_, int kPositions_,
-          int kGradsAtOnce_, int kStride_ = 1>
+// What a tile is made of: warpgroups that multiply, down times 64 outputs by across times
+// group_inputs inputs, for each of as many rows of the kernel as it has taps in one.
+struct WgradShape {
+  int down = 1, across = 1;
+  int taps = 1;
+  int group_inputs = 128;
+  int positions = 128;    // of a window
+  int grads_at_once = 1;  // pieces of dy that a thread has on their way
+  int stride = 1;         // with 2, a 3x3 has a window of h for each phase
+};
+
+template <WgradShape kShape>
 struct WgradGroups {
-  static constexpr int kDown = kDown_, kTaps = kTaps_, kPositions = kPositions_;
-  static constexpr int kGroupInputs = kGroupInputs_, kInputs = kAcross * kGroupInputs;
-  static constexpr int kStride = kStride_, kAxisPhases = std::min(kStride, kTaps);
+  static constexpr int kDown = kShape.down, kTaps = kShape.taps, kPositions = kShape.positions;
+  static constexpr int kGroupInputs = kShape.group_inputs;
+  static constexpr int kInputs = kShape.across * kGroupInputs;
+  static constexpr int kStride = kShape.stride, kAxisPhases = std::min(kStride, kTaps);
+  static constexpr int kGradsAtOnce = kShape.grads_at_once;
   static constexpr int kInputsAtOnce = 4;  // pieces of h
   static constexpr int kGap = (kTaps / 2 + kStride - 1) / kStride;
   // Along an axis: a tap's phase, and where in that its source lies, from a result.
@@ -32,21 +41,21 @@ struct WgradGroups {
   PREACT_DEVICE static constexpr int source_of(int tap) {
     return (tap - kTaps / 2 - phase_of(tap)) / kStride;
   }
-  static constexpr int kGradsAtOnce = kGradsAtOnce_;
   static constexpr int kOutputs = kDown * kProductRows;
-  static constexpr int kThreads = kDown * kAcross * kTaps * kWarpgroup;
+  static constexpr int kThreads = kDown * kShape.across * kTaps * kWarpgroup;
   // Of BatchNorm's vectors in shared memory, which a thread reads once for each window: its
   // channels are the same in all of them.
   static constexpr int kGradPitch = spaced(kOutputs), kInputPitch = spaced(kInputs);
   static constexpr int kGradFloats = BnGrad<bf16>::kRows * kGradPitch;
   static constexpr int kInputFloats = Affine::kRows * kInputPitch;
 };
-using RowWgrad = WgradGroups<1, 1, 3, 64, 256, 1>;
-using PointWgrad = WgradGroups<2, 1, 1, 128, 128, 2>;
-using TallPointWgrad = WgradGroups<4, 1, 1, 128, 128, 1>;
-using WidePointWgrad = WgradGroups<2, 2, 1, 128, 128, 1>;
-using StridedRowWgrad = WgradGroups<1, 1, 3, 64, 128, 1, 2>;
-using StridedPointWgrad = WgradGroups<4, 1, 1, 128, 128, 1, 2>;
+// By name: kernels are called after them.
+struct RowWgrad : WgradGroups<WgradShape{.taps = 3, .group_inputs = 64, .positions = 256}> {};
+struct PointWgrad : WgradGroups<WgradShape{.down = 2, .grads_at_once = 2}> {};
+struct TallPointWgrad : WgradGroups<WgradShape{.down = 4}> {};
+struct WidePointWgrad : WgradGroups<WgradShape{.down = 2, .across = 2}> {};
+struct StridedRowWgrad : WgradGroups<WgradShape{.taps = 3, .group_inputs = 64, .stride = 2}> {};
+struct StridedPointWgrad : WgradGroups<WgradShape{.down = 4, .stride = 2}> {};
 
 constexpr int kWgradSlots = 2;
 
