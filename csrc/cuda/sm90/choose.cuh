@@ -10,7 +10,7 @@ namespace preact::cuda {
 bool warpgroups_used();
 
 // Of so few channels most of a product would be left unused.
-constexpr int64_t kFew = 32;
+constexpr int64_t kFewChannels = 32;
 
 // Whether the device, and all of a convolution but its tensors' alignment, are such that these
 // kernels can run.

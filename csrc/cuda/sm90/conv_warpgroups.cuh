@@ -30,11 +30,11 @@ static_assert(kWeightsBehind < kWeightSlots);
 struct GroupShape {
   int down = 2, across = 1;  // warpgroups that multiply: along positions, along channels
   int blocks = 1;            // of 64 positions, of each of them
-  int group_channels;        // of each of them
-  int source_warps, weight_warps;
-  int resident = 1;                // blocks of a multiprocessor
-  int registers, other_registers;  // of a thread that multiplies, of one that does not
-  bool pointwise = false;          // of a 1x1 that moves no pixel alone
+  int group_channels = 64;   // of each of them
+  int source_warps = 6, weight_warps = 2;
+  int resident = 1;                     // blocks of a multiprocessor
+  int registers, other_registers = 64;  // of a thread that multiplies, of one that does not
+  bool pointwise = false;               // of a 1x1 that moves no pixel alone
 };
 
 template <GroupShape kShape>
@@ -79,39 +79,17 @@ struct GroupTile {
       reduce_floats(Moments::kValues, kThreads / (kChannels / kPiece), kChannels, kThreads) *
       static_cast<int64_t>(sizeof(float));
 };
-// By name: kernels are called after them.
-struct SlimGroups : GroupTile<GroupShape{.group_channels = 64,
-                                         .source_warps = 3,
-                                         .weight_warps = 1,
-                                         .resident = 2,
-                                         .registers = 88,
-                                         .other_registers = 64}> {};
-struct TallGroups : GroupTile<GroupShape{.blocks = 2,
-                                         .group_channels = 64,
-                                         .source_warps = 6,
-                                         .weight_warps = 2,
-                                         .registers = 184,
-                                         .other_registers = 72}> {};
-struct WideGroups : GroupTile<GroupShape{.blocks = 2,
-                                         .group_channels = 128,
-                                         .source_warps = 6,
-                                         .weight_warps = 2,
-                                         .registers = 192,
-                                         .other_registers = 64}> {};
-struct PointGroups : GroupTile<GroupShape{.group_channels = 128,
-                                          .source_warps = 10,
-                                          .weight_warps = 2,
-                                          .registers = 144,
-                                          .other_registers = 64,
-                                          .pointwise = true}> {};
-struct BroadGroups : GroupTile<GroupShape{.down = 1,
-                                          .across = 4,
-                                          .group_channels = 64,
-                                          .source_warps = 6,
-                                          .weight_warps = 2,
-                                          .registers = 88,
-                                          .other_registers = 64,
-                                          .pointwise = true}> {};
+// Types of their own, so that a kernel's name says which one is its.
+struct SlimGroups
+    : GroupTile<GroupShape{.source_warps = 3, .weight_warps = 1, .resident = 2, .registers = 88}> {
+};
+struct TallGroups : GroupTile<GroupShape{.blocks = 2, .registers = 184, .other_registers = 72}> {};
+struct WideGroups : GroupTile<GroupShape{.blocks = 2, .group_channels = 128, .registers = 192}> {};
+struct PointGroups
+    : GroupTile<GroupShape{
+          .group_channels = 128, .source_warps = 10, .registers = 144, .pointwise = true}> {};
+struct BroadGroups
+    : GroupTile<GroupShape{.down = 1, .across = 4, .registers = 88, .pointwise = true}> {};
 
 struct GroupBarriers {
   Barrier source_full[kSourceSlots], source_empty[kSourceSlots];

@@ -33,7 +33,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kResident) void forward_by_wa
 bool forward_by_warpgroups(const CudaRuntime& runtime, const PreactConvForward& op) {
   if (!warpgroups_can(runtime, op.dtype, op.activation, op.shape)) return false;
   const int64_t c = op.shape.input.channels, k = op.shape.output.channels;
-  if (k <= kFew) return false;
+  if (k <= kFewChannels) return false;
   const Channels channels = channels_of(c, {op.input, op.affine});
   if (!channels.vectors || !ForwardEpilogue<bf16>(op).channels.vectors ||
       !weight_channels(op.weight, c).vectors)

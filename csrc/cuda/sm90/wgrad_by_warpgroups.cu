@@ -49,7 +49,7 @@ struct WgradGroups {
   static constexpr int kGradFloats = BnGrad<bf16>::kRows * kGradPitch;
   static constexpr int kInputFloats = Affine::kRows * kInputPitch;
 };
-// By name: kernels are called after them.
+// Types of their own, so that a kernel's name says which one is its.
 struct RowWgrad : WgradGroups<WgradShape{.taps = 3, .group_inputs = 64, .positions = 256}> {};
 struct PointWgrad : WgradGroups<WgradShape{.down = 2, .grads_at_once = 2}> {};
 struct TallPointWgrad : WgradGroups<WgradShape{.down = 4}> {};
@@ -247,8 +247,8 @@ bool wgrad_by_warpgroups(const CudaRuntime& runtime, const PreactConvWgrad& op) 
     return run<PointWgrad>(runtime, op);
   }
   // Of few channels most of a product would be left unused.
-  constexpr int kFew = 32;
-  const bool few = s.input.channels <= kFew && s.output.channels <= kFew;
+  constexpr int kFewChannels = 32;
+  const bool few = s.input.channels <= kFewChannels && s.output.channels <= kFewChannels;
   if (s.kernel_height != RowWgrad::kTaps || few) return false;
   return strided ? run<StridedRowWgrad>(runtime, op) : run<RowWgrad>(runtime, op);
 }
