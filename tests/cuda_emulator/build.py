@@ -12,7 +12,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 
-OWN = [HERE / name for name in ("emulator.cpp", "counters.cpp", "register.cpp")]
+PRODUCT = HERE / "product.cpp"
+OWN = [HERE / name for name in ("emulator.cpp", "counters.cpp", "register.cpp")] + [PRODUCT]
 FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZED = ["-Wno-clobbered", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -48,6 +49,7 @@ def build(
     def compile(source: Path) -> Path:
         object_file = folder / f"{source.name}.o"
         extra = torch_flags if source.name == "register.cpp" else []
+        extra = ["-O3", "-fno-sanitize=all"] if source == PRODUCT else extra
         command = [*compiler, *flags, *extra, "-x", "c++", "-c", str(source), "-o"]
         subprocess.run([*command, str(object_file)], check=True)
         return object_file

@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "product.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -102,7 +104,13 @@ namespace preact::cuda {
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
-inline float widen(f16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+inline float widen(f16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = (x.bits & 0x7fffu) << 13;
+  const bool is_finite = rest < 0x0f800000;
+  const float size = is_finite ? std::bit_cast<float>(rest) * 0x1p112f  // the exponent's other bias
+                               : std::bit_cast<float>(rest | 0x7f800000);
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(size) | sign);
+}
 
 inline uint32_t narrow_one(float x, bf16) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -237,6 +245,19 @@ struct MatrixMultiply {
   const uint32_t* a;
   uint32_t b[2];
 };
+// Adds a[16, depth] b[depth, 8] to what the lanes have.
+inline void add_to_lanes(void* (&lanes)[32], const float* a, const float* b, int depth) {
+  float c[16][8];
+  const auto each = [&](const auto& function) {
+    for (int l = 0; l < 32; ++l)
+      for (int j = 0; j < 4; ++j)
+        function(static_cast<MatrixMultiply*>(lanes[l])->c[j],
+                 c[l / 4 + j / 2 * 8][l % 4 * 2 + j % 2]);
+  };
+  each([](float of_lane, float& sum) { sum = of_lane; });
+  emulator::add_product(c[0], a, b, 16, 8, depth);
+  each([](float& of_lane, float sum) { of_lane = sum; });
+}
 template <typename T>
 void multiply_all_matrices(void* (&lanes)[32]) {
   const auto half = [](uint32_t pair, int i) {
@@ -251,11 +272,7 @@ void multiply_all_matrices(void* (&lanes)[32]) {
       for (int j = 0; j < 2; ++j) b[l % 4 * 2 + i + j * 8][l / 4] = half(lane->b[j], i);
     }
   }
-  for (int l = 0; l < 32; ++l)
-    for (int j = 0; j < 4; ++j) {
-      float& c = static_cast<MatrixMultiply*>(lanes[l])->c[j];
-      for (int k = 0; k < 16; ++k) c += a[l / 4 + j / 2 * 8][k] * b[k][l % 4 * 2 + j % 2];
-    }
+  add_to_lanes(lanes, a[0], b[0], 16);
 }
 template <typename T>
 void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {

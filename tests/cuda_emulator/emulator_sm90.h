@@ -67,13 +67,19 @@ struct Operand {
   }
   Operand moved(int bytes) const { return {start + bytes, along, across}; }
 
-  // Number k of what is summed over, at row or column i.
+  // What is summed over of row or column i, to a number after every `step`.
   template <typename T>
-  float at(int i, int k, bool across_pieces) const {
-    const int row = across_pieces ? k % 8 : i % 8, column = across_pieces ? i % 8 : k % 8;
-    T value;
-    std::memcpy(&value, start + i / 8 * across + k / 8 * along + row * kCoreRow + column * 2, 2);
-    return widen(value);
+  void read(int i, bool across_pieces, float* to, int step) const {
+    const unsigned char* const from = start + i / 8 * across;
+    for (int piece = 0; piece < kProductDepth / 8; ++piece) {
+      T values[8];
+      if (!across_pieces) std::memcpy(values, from + piece * along + i % 8 * kCoreRow, kCoreRow);
+      for (int k = 0; k < 8; ++k) {
+        if (across_pieces)
+          std::memcpy(&values[k], from + piece * along + k * kCoreRow + i % 8 * 2, 2);
+        to[(8 * piece + k) * step] = widen(values[k]);
+      }
+    }
   }
 };
 
@@ -94,18 +100,17 @@ void warpgroup_multiply(float (&c)[kSums], const Operand& a, const Operand& b, b
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
   emulator::multiply_later([=, c = &c[0]] {
-    for (int h = 0; h < 2; ++h) {
-      float of_row[kProductDepth];
-      for (int k = 0; k < kProductDepth; ++k) of_row[k] = a.at<T>(row + 8 * h, k, kA);
-      for (int j = 0; j < kSums / 4; ++j)
-        for (int e = 0; e < 2; ++e) {
-          float sum = 0;
-          for (int k = 0; k < kProductDepth; ++k)
-            sum += of_row[k] * b.at<T>(8 * j + column + e, k, kB);
-          float& to = c[4 * j + 2 * h + e];
-          to = add ? to + sum : sum;
-        }
-    }
+    constexpr int kColumns = kSums / 2;  // and two rows
+    float of_a[2][kProductDepth], of_b[kProductDepth][kColumns], sums[2][kColumns] = {};
+    for (int h = 0; h < 2; ++h) a.read<T>(row + 8 * h, kA, of_a[h], 1);
+    for (int i = 0; i < kColumns; ++i)
+      b.read<T>(i / 2 * 8 + column + i % 2, kB, &of_b[0][i], kColumns);
+    emulator::add_product(sums[0], of_a[0], of_b[0], 2, kColumns, kProductDepth);
+    for (int h = 0; h < 2; ++h)
+      for (int i = 0; i < kColumns; ++i) {
+        float& to = c[i / 2 * 4 + 2 * h + i % 2];
+        to = add ? to + sums[h][i] : sums[h][i];
+      }
   });
 }
 

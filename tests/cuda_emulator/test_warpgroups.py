@@ -285,7 +285,12 @@ def test_faults_show(emulator, tmp_path, fault):
     name, file, before, after = FAULTS[fault]
     kernel = f"sm90/{name.removeprefix('preact_conv_')}_by_warpgroups.cu"
     cuda = broken(tmp_path, kernel, before, after, file)
-    library = build(tmp_path / "build", f"preact_{fault}", cuda=cuda, reuse=emulator.library.parent)
+    library = build(
+        *(tmp_path / "build", f"preact_{fault}"),
+        cuda=cuda,
+        reuse=emulator.library.parent,
+        optimise="-O0",
+    )
     wrong = Emulator(library, f"preact_{fault}")
     # many steps of weights that do not stay; many tiles a block
     shape = Shape(4, 128, 12, 13, 128, (3, 3), padding=PAD)
@@ -314,7 +319,9 @@ def test_arrival_that_never_comes_is_named(emulator, tmp_path):
     before = "      warp_arrives(&work.barriers.source_full[ring.slot]);\n"
     kernel = "sm90/forward_by_warpgroups.cu"
     cuda = broken(tmp_path, kernel, before, "", "sm90/conv_warpgroups.cuh")
-    library = build(tmp_path / "build", "preact_vain", cuda=cuda, reuse=emulator.library.parent)
+    library = build(
+        tmp_path / "build", "preact_vain", cuda=cuda, reuse=emulator.library.parent, optimise="-O0"
+    )
     wrong = Emulator(library, "preact_vain")
     arguments = calls(SHAPES[9], torch.bfloat16, True)["preact_conv_forward"]
     with (

@@ -19,11 +19,7 @@ inline void multiply_all_matrices<tf32>(void* (&lanes)[32]) {
     for (int j = 0; j < 4; ++j) a[l / 4 + j % 2 * 8][l % 4 + j / 2 * 4] = cut(lane->a[j]);
     for (int j = 0; j < 2; ++j) b[l % 4 + j * 4][l / 4] = cut(lane->b[j]);
   }
-  for (int l = 0; l < 32; ++l)
-    for (int j = 0; j < 4; ++j) {
-      float& c = static_cast<MatrixMultiply*>(lanes[l])->c[j];
-      for (int k = 0; k < 8; ++k) c += a[l / 4 + j / 2 * 8][k] * b[k][l % 4 * 2 + j % 2];
-    }
+  add_to_lanes(lanes, a[0], b[0], 8);
 }
 
 }  // namespace preact::cuda
