@@ -12,8 +12,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 
-PRODUCT = HERE / "product.cpp"
-OWN = [HERE / name for name in ("emulator.cpp", "counters.cpp", "register.cpp")] + [PRODUCT]
+OWN = [HERE / f"{name}.cpp" for name in ("emulator", "counters", "product", "register")]
 FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZED = ["-Wno-clobbered", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -44,14 +43,14 @@ def build(
     ]
     torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem"]
     torch_flags += [str(Path(torch.__file__).parent / "include")]
+    flags_of = {"register.cpp": torch_flags, "product.cpp": ["-O3", "-fno-sanitize=all"]}
     compiler = os.environ.get("CXX", "c++").split()
 
     def compile(source: Path) -> Path:
         object_file = folder / f"{source.name}.o"
-        extra = torch_flags if source.name == "register.cpp" else []
-        extra = ["-O3", "-fno-sanitize=all"] if source == PRODUCT else extra
-        command = [*compiler, *flags, *extra, "-x", "c++", "-c", str(source), "-o"]
-        subprocess.run([*command, str(object_file)], check=True)
+        command = [*compiler, *flags, *flags_of.get(source.name, [])]
+        command += ["-x", "c++", "-c", str(source), "-o", str(object_file)]
+        subprocess.run(command, check=True)
         return object_file
 
     # device.cu asks the driver what it is; there is none here.

@@ -246,8 +246,6 @@ bool wgrad_by_warpgroups(const CudaRuntime& runtime, const PreactConvWgrad& op) 
     if (s.input.channels > PointWgrad::kInputs) return run<WidePointWgrad>(runtime, op);
     return run<PointWgrad>(runtime, op);
   }
-  // Of few channels most of a product would be left unused.
-  constexpr int kFewChannels = 32;
   const bool few = s.input.channels <= kFewChannels && s.output.channels <= kFewChannels;
   if (s.kernel_height != RowWgrad::kTaps || few) return false;
   return strided ? run<StridedRowWgrad>(runtime, op) : run<RowWgrad>(runtime, op);
