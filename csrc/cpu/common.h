@@ -97,7 +97,7 @@ enum class Buffer {
   kVectors,
   kSource,
   kGrad,
-  kTransposed,
+  kLeft,
   kRight,
   kTransformed,
   kProducts,

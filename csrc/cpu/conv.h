@@ -15,6 +15,7 @@ constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
 constexpr int64_t kFewestParts = 8;        // of dW,
 constexpr int64_t kFewestLargeParts = 2;   // where it is split by rows of products too, and
 constexpr int64_t kMostDweights = 32;      // at most
+constexpr int64_t kWideParts = 16;         // of the pixels of a wide 1x1, which has one dW
 
 // Rows of a tile of results, of a band's: few enough to stay in cache, with pixels enough to read
 // weights for, and the last tile as high as the others if may be.
@@ -72,7 +73,7 @@ bool winograd_pays(const ConvShape& shape, const ImageShape& results) {
 // Whether its 16 matrices of weights are more than caches hold, so that dW has few partial sums,
 // and is not computed with the other gradient.
 inline bool winograd_is_large(int64_t channels, int64_t filters) {
-  return channels * filters > 256 * 256;
+  return channels * filters >= 256 * 256;
 }
 
 // Tiles that are transformed and multiplied at once: few, which stay in cache, as long as a product
@@ -201,6 +202,14 @@ int64_t grad_pitch(const ConvShape& shape, const Window& window) {
                                  : round_depth<O>(shape.output.width);
 }
 
+// Whether a 1x1 convolution's dW is so large that no part of the work has one of its own.
+template <typename O>
+bool dweight_is_wide(const ConvShape& shape) {
+  constexpr int64_t kWide = 512 * 1024;  // bytes, all of an L2
+  const int64_t size = shape.input.channels * shape.output.channels;
+  return !kPairs<O> && is_pointwise(shape) && size * static_cast<int64_t>(sizeof(O)) >= kWide;
+}
+
 // The bands of output rows that wgrad works on, and dgrad too where they share them: each gradient
 // then has the same bits alone as with the other.
 template <typename O>
@@ -215,7 +224,8 @@ Bands gradient_bands(const ConvShape& shape) {
       std::max(window.width * c * window.step_height, grad_pitch<O>(shape, window) * k);
   // so many parts that all their dW are no more than the operands
   const int64_t values = shape.input.pixels() * c + shape.output.pixels() * k;
-  const int64_t most_parts = std::clamp(values / size, fewest, kMostDweights);
+  const int64_t most_parts =
+      dweight_is_wide<O>(shape) ? kWideParts : std::clamp(values / size, fewest, kMostDweights);
   const int64_t bytes = static_cast<int64_t>(sizeof(O));
   const int64_t cached = kCacheBytes / (row * bytes);
   return {shape.output, winograd ? winograd_rows(shape, shape.output, cached) : cached, most_parts,
@@ -247,13 +257,14 @@ struct Packed {
   void fill_transposed(const Runtime& runtime, const O* transposed, int64_t pitch) const {
     using Unit = std::conditional_t<kPairs<O>, Pair, O>;  // what moves as one
     constexpr int64_t kRows = static_cast<int64_t>(sizeof(Unit) / sizeof(O));
-    const Parts parts(k / kRows, kMostParts);
-    parallel_for(runtime, parts.parts, [&](int64_t part) {
-      const int64_t begin = parts.begin(part), count = parts.end(part) - begin;
-      for (int64_t block = 0; block < blocks(); ++block)
-        transpose(reinterpret_cast<const Unit*>(transposed + first(block) * pitch) + begin,
-                  columns(block), count, pitch / kRows, columns(block),
-                  reinterpret_cast<Unit*>(at(block, begin * kRows)));
+    // Whole lines of a block's columns: of many filters, one line each is more than caches keep.
+    constexpr int64_t kRun = 64;
+    const int64_t units = k / kRows, runs = ceil_div(units, kRun);
+    parallel_for(runtime, blocks() * runs, [&](int64_t index) {
+      const int64_t block = index / runs, begin = index % runs * kRun;
+      transpose(reinterpret_cast<const Unit*>(transposed + first(block) * pitch) + begin,
+                columns(block), std::min(kRun, units - begin), pitch / kRows, columns(block),
+                reinterpret_cast<Unit*>(at(block, begin * kRows)));
     });
   }
 

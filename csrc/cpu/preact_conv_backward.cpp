@@ -9,6 +9,7 @@
 #include "../residual_sum.h"
 #include "input_gradient.h"
 #include "weight_gradient.h"
+#include "wide_weight_gradient.h"
 #include "winograd_weight_gradient.h"
 
 namespace preact {
@@ -47,6 +48,22 @@ void run(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
   dweight.finish(runtime);
 }
 
+template <typename S, typename O>
+void run_wide(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
+  dgrad.shape = wgrad.shape = flattened(dgrad.shape);
+  const OutputGradient<S> grad(dgrad.grad, dgrad.shape.output);
+  InputGradient<S, O> dinput(runtime, dgrad);
+  const WideWeightGradient<S, O> dweight(wgrad);
+  dweight.run(runtime, [&](int64_t part, int64_t band, int64_t place) {
+    O* const loaded = buffer<O>(Buffer::kGrad, dinput.source_size());
+    const O* const dy = dinput.load_grad(grad, band, loaded);
+    dweight.load(band, place, dy);
+    Ahead ahead(runtime.asks_ahead);
+    dinput.compute(part, band, 1, &dy, ahead);
+  });
+  dinput.finish();
+}
+
 void run_apart(const Runtime& runtime, const PreactConvDgrad& dgrad, const PreactConvWgrad& wgrad) {
   preact_conv_wgrad(runtime, wgrad);
   preact_conv_dgrad(runtime, dgrad);
@@ -69,6 +86,8 @@ void preact_conv_backward(const Runtime& runtime, const PreactConvDgrad& dgrad,
         return share_bands<O>(wgrad.shape)
                    ? run<S, O, WinogradWeightGradient<S>>(runtime, dgrad, wgrad)
                    : run_apart(runtime, dgrad, wgrad);
+    if constexpr (!kPairs<O>)
+      if (dweight_is_wide<O>(wgrad.shape)) return run_wide<S, O>(runtime, dgrad, wgrad);
     run<S, O, WeightGradient<S, O>>(runtime, dgrad, wgrad);
   });
 }

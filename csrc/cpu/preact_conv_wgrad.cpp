@@ -2,6 +2,7 @@
 //   computed again, dy = scale' * g' + B' * (u' - mean') + C' of the layer above.
 // Reads g', u' [M', K] and u [M, C]; writes dW [K, R, S, C]; FLOPs 2*M'*K*C*R*S.
 #include "weight_gradient.h"
+#include "wide_weight_gradient.h"
 #include "winograd_weight_gradient.h"
 
 namespace preact {
@@ -34,6 +35,17 @@ void run(const Runtime& runtime, PreactConvWgrad op) {
   dweight.finish(runtime);
 }
 
+template <typename S, typename O>
+void run_wide(const Runtime& runtime, PreactConvWgrad op) {
+  op.shape = flattened(op.shape);
+  const OutputGradient<S> grad(op.grad, op.shape.output);
+  const WideWeightGradient<S, O> dweight(op);
+  dweight.run(runtime, [&](int64_t /*part*/, int64_t band, int64_t place) {
+    O* const loaded = buffer<O>(Buffer::kGrad, dweight.grad_size());
+    dweight.load(band, place, dweight.load_grad(grad, band, loaded));
+  });
+}
+
 }  // namespace
 
 void preact_conv_wgrad(const Runtime& runtime, const PreactConvWgrad& op) {
@@ -41,6 +53,8 @@ void preact_conv_wgrad(const Runtime& runtime, const PreactConvWgrad& op) {
     if constexpr (std::is_same_v<O, float>)
       if (winograd_pays<O>(op.shape, op.shape.output))
         return run<S, O, WinogradWeightGradient<S>>(runtime, op);
+    if constexpr (!kPairs<O>)
+      if (dweight_is_wide<O>(op.shape)) return run_wide<S, O>(runtime, op);
     run<S, O, WeightGradient<S, O>>(runtime, op);
   });
 }

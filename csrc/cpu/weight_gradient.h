@@ -79,7 +79,7 @@ class WeightGradient {
                             ? buffer<O>(Buffer::kRight, together * right_size_) + i * right_size_
                             : nullptr;
     if constexpr (kPairs<O>) {
-      O* const planes = buffer<O>(Buffer::kTransposed, together * left_size_) + i * left_size_;
+      O* const planes = buffer<O>(Buffer::kLeft, together * left_size_) + i * left_size_;
       transpose_planes(left, h_is_left_ ? window_.rows(op_.shape, rows) : rows, planes);
       operands.left[i] = planes;
       operands.right[i] = to_pairs(right, pixels(rows), laid_out);

@@ -449,15 +449,28 @@ void test_all(const std::string& dtype) {
   }
 }
 
+// Of weights that fill the caches.
+template <typename S>
+void test_large(const std::string& dtype) {
+  const ConvShape convs[] = {
+      conv_shape({3, 2, 2, 260}, 256, 3, 1, 1, 1, 1, 1),    // 3x3
+      conv_shape({1, 130, 3, 260}, 256, 3, 1, 1, 1, 1, 1),  //
+      conv_shape({2, 10, 13, 65}, 2100, 1, 1, 0, 0, 0, 0),  // 1x1, more bands than parts
+      conv_shape({1, 9, 7, 1100}, 130, 1, 1, 0, 0, 0, 0),   // fewer bands than parts
+  };
+  for (size_t i = 0; i < std::size(convs); ++i)
+    test_conv<S>(dtype + " large " + std::to_string(i), convs[i], Activation::kRelu, true, false,
+                 true);
+}
+
 }  // namespace
 
 int main() {
   test_all<float>("float32");
-  for (const ImageShape& image : {ImageShape{3, 2, 2, 260}, {1, 130, 3, 260}})
-    test_conv<float>("weights that fill the caches", conv_shape(image, 256, 3, 1, 1, 1, 1, 1),
-                     Activation::kRelu, true, false, true);
+  test_large<float>("float32");
   test_all<double>("float64");
   test_all<bf16>("bfloat16");
+  test_large<bf16>("bfloat16");
   in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false};
   test_all<bf16>("bfloat16 in pairs");
   in_order.pairs_depth = reversed.pairs_depth = 32;
