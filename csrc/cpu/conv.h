@@ -15,7 +15,7 @@ constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
 constexpr int64_t kFewestParts = 8;        // of dW,
 constexpr int64_t kFewestLargeParts = 2;   // where it is split by rows of products too, and
 constexpr int64_t kMostDweights = 32;      // at most
-constexpr int64_t kWideParts = 16;         // of the pixels of a wide 1x1, which has one dW
+constexpr int64_t kWideParts = 16;         // of the pixels where all have one dW
 
 // Rows of a tile of results, of a band's: few enough to stay in cache, with pixels enough to read
 // weights for, and the last tile as high as the others if may be.
@@ -202,12 +202,14 @@ int64_t grad_pitch(const ConvShape& shape, const Window& window) {
                                  : round_depth<O>(shape.output.width);
 }
 
-// Whether a 1x1 convolution's dW is so large that no part of the work has one of its own.
+// Whether dW, of no fewer multiplications, is so large that no part of the work has one of its own.
 template <typename O>
 bool dweight_is_wide(const ConvShape& shape) {
   constexpr int64_t kWide = 512 * 1024;  // bytes, all of an L2
-  const int64_t size = shape.input.channels * shape.output.channels;
-  return !kPairs<O> && is_pointwise(shape) && size * static_cast<int64_t>(sizeof(O)) >= kWide;
+  const int64_t taps = shape.kernel_height * shape.kernel_width;
+  const int64_t size = taps * shape.input.channels * shape.output.channels;
+  return !kPairs<O> && !winograd_pays<O>(shape, shape.output) &&
+         size * static_cast<int64_t>(sizeof(O)) >= kWide;
 }
 
 // The bands of output rows that wgrad works on, and dgrad too where they share them: each gradient

@@ -48,16 +48,17 @@ void run(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
   dweight.finish(runtime);
 }
 
+// Of a 1x1, whose bands share no pixel.
 template <typename S, typename O>
 void run_wide(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
   dgrad.shape = wgrad.shape = flattened(dgrad.shape);
   const OutputGradient<S> grad(dgrad.grad, dgrad.shape.output);
   InputGradient<S, O> dinput(runtime, dgrad);
   const WideWeightGradient<S, O> dweight(wgrad);
-  dweight.run(runtime, [&](int64_t part, int64_t band, int64_t place) {
+  dweight.run(runtime, [&](int64_t part, int64_t band, int64_t pixel) {
     O* const loaded = buffer<O>(Buffer::kGrad, dinput.source_size());
     const O* const dy = dinput.load_grad(grad, band, loaded);
-    dweight.load(band, place, dy);
+    dweight.load(band, pixel, dy);
     Ahead ahead(runtime.asks_ahead);
     dinput.compute(part, band, 1, &dy, ahead);
   });
@@ -87,7 +88,9 @@ void preact_conv_backward(const Runtime& runtime, const PreactConvDgrad& dgrad,
                    ? run<S, O, WinogradWeightGradient<S>>(runtime, dgrad, wgrad)
                    : run_apart(runtime, dgrad, wgrad);
     if constexpr (!kPairs<O>)
-      if (dweight_is_wide<O>(wgrad.shape)) return run_wide<S, O>(runtime, dgrad, wgrad);
+      if (dweight_is_wide<O>(wgrad.shape))
+        return is_pointwise(wgrad.shape) ? run_wide<S, O>(runtime, dgrad, wgrad)
+                                         : run_apart(runtime, dgrad, wgrad);
     run<S, O, WeightGradient<S, O>>(runtime, dgrad, wgrad);
   });
 }

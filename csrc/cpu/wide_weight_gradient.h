@@ -1,9 +1,9 @@
-// dW = sum over pixels of dy h^T of a 1x1 convolution whose dW fills the cache, with
-// h = act(scale * (u - mean) + shift) computed again, a group of bands of pixels at a time.
+// dW = sum over pixels of dy h^T where dW fills the cache, with h = act(scale * (u - mean) + shift)
+// computed again, a group of bands of output rows at a time.
 //
-// The bands of a group leave their operands side by side, laid out for the tile. Then each block of
-// dW is read, added to and written once for all of them: there is one dW, by whichever thread, and
-// no partial sums.
+// The bands of a group leave their operands side by side, laid out for the tile, h once for each
+// tap. Then each block of dW is read, added to and written once for all of them: there is one dW,
+// by whichever thread, and no partial sums.
 #pragma once
 
 #include "conv.h"
@@ -21,81 +21,109 @@ class WideWeightGradient {
   // op's shape is flattened.
   explicit WideWeightGradient(const PreactConvWgrad& op)
       : op_(op),
+        window_(op.shape),
         bands_(gradient_bands<O>(op.shape)),
-        pixels_(bands_.parts.parts * bands_.rows_per_band),
+        pixels_(bands_.parts.parts * bands_.rows_per_band * q_),
         dy_(buffer<O>(Buffer::kLeft, down_ * pixels_ * kPitch)),
-        h_{buffer<O>(Buffer::kRight, pixels_ * c_), pixels_, c_, tile_.columns} {}
+        h_(buffer<O>(Buffer::kRight, taps_ * pixels_ * c_)) {}
 
   // Values of dy of a band.
-  int64_t grad_size() const { return bands_.rows_per_band * k_; }
+  int64_t grad_size() const { return bands_.rows_per_band * q_ * k_; }
 
-  // dy of a band, [rows, K], where it lies or in `loaded`.
+  // dy of a band, [rows, Q, K], where it lies or in `loaded`.
   const O* load_grad(const OutputGradient<S>& grad, int64_t band, O* loaded) const {
-    return grad.rows(bands_.first_row(band), rows(band), loaded);
+    const int64_t row = bands_.image(band) * op_.shape.output.height + bands_.first_row(band);
+    return grad.rows(row * q_, rows(band) * q_, loaded);
   }
 
-  // Writes dW. Calls load_band(part, band, place) for each band, in order for those of a part; it
-  // has to call load().
+  // Writes dW. Calls load_band(part, band, pixel) for all bands, in order for those of a part,
+  // which has to call load(band, pixel, dy).
   template <typename F>
   void run(const Runtime& runtime, const F& load_band) const {
+    struct Load {
+      int64_t part, band, pixel;
+    };
     const Parts& parts = bands_.parts;
     // A group has one band of each part, as long as there are any.
     for (int64_t group = 0; group < ceil_div(parts.count, parts.parts); ++group) {
-      std::vector<int64_t> with_band;
-      for (int64_t part = 0; part < parts.parts; ++part)
-        if (parts.begin(part) + group < parts.end(part)) with_band.push_back(part);
-      const int64_t count = static_cast<int64_t>(with_band.size());
-      parallel_for(runtime, count, [&](int64_t place) {
-        const int64_t part = with_band[place];
-        load_band(part, parts.begin(part) + group, place);
-      });
-      const int64_t last = parts.begin(with_band.back()) + group;
-      const int64_t pixels = (count - 1) * bands_.rows_per_band + rows(last);
-      parallel_for(runtime, down_ * across_, [&](int64_t block) {
-        multiply(block % down_, block / down_, pixels, group > 0);
+      std::vector<Load> loads;
+      int64_t pixels = 0;
+      for (int64_t part = 0; part < parts.parts; ++part) {
+        const int64_t band = parts.begin(part) + group;
+        if (band >= parts.end(part)) continue;
+        loads.push_back({part, band, pixels});
+        pixels += rows(band) * q_;
+      }
+      parallel_for(runtime, static_cast<int64_t>(loads.size()),
+                   [&](int64_t i) { load_band(loads[i].part, loads[i].band, loads[i].pixel); });
+      parallel_for(runtime, taps_ * down_ * across_, [&](int64_t block) {
+        multiply(block / (down_ * across_), block / across_ % down_, block % across_, pixels,
+                 group > 0);
       });
     }
   }
 
-  // The operands of a band, of its dy [rows, K].
-  void load(int64_t band, int64_t place, const O* dy) const {
-    const int64_t pixel = place * bands_.rows_per_band, count = rows(band);
-    for (int64_t block = 0; block < down_; ++block) {
-      O* const out = dy_block(block) + pixel * kPitch;
-      for (int64_t i = 0; i < count; ++i)
-        std::copy_n(dy + i * k_ + block * kFilters, filters(block), out + i * kPitch);
+  // The operands of a band, of its dy [rows, Q, K], from the group's `pixel` on.
+  void load(int64_t band, int64_t pixel, const O* dy) const {
+    const int64_t count = rows(band);
+    for (int64_t down = 0; down < down_; ++down) {
+      O* const out = dy_block(down) + pixel * kPitch;
+      for (int64_t i = 0; i < count * q_; ++i)
+        std::copy_n(dy + i * k_ + down * kFilters, filters(down), out + i * kPitch);
     }
-    O* const h = buffer<O>(Buffer::kSource, bands_.rows_per_band * c_);
-    activate_rows(static_cast<const S*>(op_.input) + bands_.first_row(band) * c_, count, c_,
-                  static_cast<const A*>(op_.affine), op_.activation, h);
-    for (int64_t block = 0; block < h_.blocks(); ++block) {
-      const int64_t n = h_.columns(block);
-      O* const out = h_.at(block, pixel);
-      for (int64_t i = 0; i < count; ++i) std::copy_n(h + i * c_ + h_.first(block), n, out + i * n);
+    const int64_t most_rows = window_.rows(op_.shape, bands_.rows_per_band);
+    O* const window = buffer<O>(Buffer::kSource, most_rows * window_.width * c_);
+    const ImageShape& input = op_.shape.input;
+    window_.fill(
+        op_.shape,
+        static_cast<const S*>(op_.input) + bands_.image(band) * input.height * input.width * c_,
+        bands_.first_row(band), count, static_cast<const A*>(op_.affine), op_.activation, window);
+    for (int64_t tap = 0; tap < taps_; ++tap) {
+      const Packed<O> h = of_tap(tap);
+      for (int64_t block = 0; block < h.blocks(); ++block) {
+        const int64_t n = h.columns(block);
+        O* out = h.at(block, pixel);
+        for (int64_t row = 0; row < count; ++row)
+          for (int64_t column = 0; column < q_; ++column, out += n)
+            std::copy_n(window + source(tap, row, column) * c_ + h.first(block), n, out);
+      }
     }
   }
 
  private:
   const PreactConvWgrad& op_;
   const int64_t c_ = op_.shape.input.channels, k_ = op_.shape.output.channels;
+  const int64_t q_ = op_.shape.output.width;
+  const int64_t taps_ = op_.shape.kernel_height * op_.shape.kernel_width;
   const int64_t down_ = ceil_div(k_, kFilters), across_ = ceil_div(c_, kChannels);  // blocks of dW
+  const Window window_;
   const Bands bands_;
   const int64_t pixels_;  // of a group, at most
   const Tile<O, A> tile_ = transposed_tile<O>();
-  O* const dy_;        // [K / kFilters][pixels, kPitch]
-  const Packed<O> h_;  // [pixels, C]
+  O* const dy_;  // [K / kFilters][pixels, kPitch]
+  O* const h_;   // of each tap [pixels, C], Packed
 
   int64_t rows(int64_t band) const { return bands_.end_row(band) - bands_.first_row(band); }
-  int64_t filters(int64_t block) const { return std::min(kFilters, k_ - block * kFilters); }
-  O* dy_block(int64_t block) const { return dy_ + block * pixels_ * kPitch; }
+  int64_t filters(int64_t down) const { return std::min(kFilters, k_ - down * kFilters); }
+  O* dy_block(int64_t down) const { return dy_ + down * pixels_ * kPitch; }
+  Packed<O> of_tap(int64_t tap) const {
+    return {h_ + tap * pixels_ * c_, pixels_, c_, tile_.columns};
+  }
 
-  void multiply(int64_t down, int64_t across, int64_t pixels, bool accumulate) const {
-    A* const out = static_cast<A*>(op_.dweight) + down * kFilters * c_;
-    const int64_t of_block = kChannels / tile_.columns;
-    const int64_t end = std::min(h_.blocks(), (across + 1) * of_block);
+  // Which pixel of a band's window a tap reads for a pixel of dy.
+  int64_t source(int64_t tap, int64_t row, int64_t column) const {
+    const int64_t r = tap / op_.shape.kernel_width, s = tap % op_.shape.kernel_width;
+    return (row * window_.step_height + r) * window_.width + column * window_.step_width + s;
+  }
+
+  void multiply(int64_t tap, int64_t down, int64_t across, int64_t pixels, bool accumulate) const {
+    const Packed<O> h = of_tap(tap);
+    const int64_t pitch = taps_ * c_, of_block = kChannels / tile_.columns;
+    A* const out = static_cast<A*>(op_.dweight) + down * kFilters * pitch + tap * c_;
+    const int64_t end = std::min(h.blocks(), (across + 1) * of_block);
     for (int64_t block = across * of_block; block < end; ++block)
-      tile_.multiply(filters(down), h_.columns(block), pixels, kPitch, h_.columns(block), c_,
-                     accumulate, dy_block(down), h_.at(block, 0), out + h_.first(block));
+      tile_.multiply(filters(down), h.columns(block), pixels, kPitch, h.columns(block), pitch,
+                     accumulate, dy_block(down), h.at(block, 0), out + h.first(block));
   }
 };
 

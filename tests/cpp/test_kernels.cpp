@@ -449,17 +449,19 @@ void test_all(const std::string& dtype) {
   }
 }
 
-// Of weights that fill the caches.
+// Whose dW is wide.
 template <typename S>
-void test_large(const std::string& dtype) {
+void test_wide(const std::string& dtype) {
   const ConvShape convs[] = {
-      conv_shape({3, 2, 2, 260}, 256, 3, 1, 1, 1, 1, 1),    // 3x3
-      conv_shape({1, 130, 3, 260}, 256, 3, 1, 1, 1, 1, 1),  //
+      conv_shape({20, 1, 3, 70}, 210, 3, 1, 1, 1, 1, 1),    // 3x3, in all multiplications
+      conv_shape({18, 5, 6, 70}, 210, 3, 2, 1, 1, 1, 1),    // 3x3, stride 2, more bands than parts
+      conv_shape({2, 19, 60, 70}, 210, 3, 2, 1, 1, 1, 1),   // bands of different heights
+      conv_shape({3, 9, 11, 260}, 510, 1, 2, 0, 0, 0, 0),   // 1x1, pixels left out
       conv_shape({2, 10, 13, 65}, 2100, 1, 1, 0, 0, 0, 0),  // 1x1, more bands than parts
       conv_shape({1, 9, 7, 1100}, 130, 1, 1, 0, 0, 0, 0),   // fewer bands than parts
   };
   for (size_t i = 0; i < std::size(convs); ++i)
-    test_conv<S>(dtype + " large " + std::to_string(i), convs[i], Activation::kRelu, true, false,
+    test_conv<S>(dtype + " wide " + std::to_string(i), convs[i], Activation::kRelu, true, false,
                  true);
 }
 
@@ -467,10 +469,11 @@ void test_large(const std::string& dtype) {
 
 int main() {
   test_all<float>("float32");
-  test_large<float>("float32");
+  for (const ImageShape& image : {ImageShape{3, 2, 2, 260}, {1, 130, 3, 260}})
+    test_conv<float>("weights that fill the caches", conv_shape(image, 256, 3, 1, 1, 1, 1, 1),
+                     Activation::kRelu, true, false, true);
   test_all<double>("float64");
   test_all<bf16>("bfloat16");
-  test_large<bf16>("bfloat16");
   in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false};
   test_all<bf16>("bfloat16 in pairs");
   in_order.pairs_depth = reversed.pairs_depth = 32;
@@ -480,6 +483,10 @@ int main() {
     in_order.pairs_depth = reversed.pairs_depth = 2;
     test_all<bf16>("bfloat16 by this processor");
   }
+  in_order.pairs_tile = reversed.pairs_tile = {};
+  test_wide<float>("float32");
+  test_wide<double>("float64");
+  test_wide<bf16>("bfloat16");
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
   return failures != 0;
 }
