@@ -202,7 +202,8 @@ int64_t grad_pitch(const ConvShape& shape, const Window& window) {
                                  : round_depth<O>(shape.output.width);
 }
 
-// Whether dW, of no fewer multiplications, is so large that no part of the work has one of its own.
+// Whether dW is more than caches hold, so that all parts of the work share one; Winograd's is split
+// by other rules.
 template <typename O>
 bool dweight_is_wide(const ConvShape& shape) {
   constexpr int64_t kWide = 512 * 1024;  // bytes, all of an L2
