@@ -92,11 +92,25 @@ inline int64_t winograd_rows(const ConvShape& shape, const ImageShape& results, 
   return std::max(cached, 2 * ceil_div(tiles_at_once(c, k), ceil_div(results.width, 2)));
 }
 
-// Whether the gradients of input and weights go over the same bands.
+// Whether dW is more than caches hold, so that all parts of the work share one; Winograd's is split
+// by other rules.
+template <typename O>
+bool dweight_is_wide(const ConvShape& shape) {
+  constexpr int64_t kWide = 512 * 1024;  // bytes, all of an L2
+  const int64_t taps = shape.kernel_height * shape.kernel_width;
+  const int64_t size = taps * shape.input.channels * shape.output.channels;
+  return !kPairs<O> && !winograd_pays<O>(shape, shape.output) &&
+         size * static_cast<int64_t>(sizeof(O)) >= kWide;
+}
+
+// Whether the gradients of input and weights go over the same bands: not where dW is large, unless
+// bands share no pixel.
 template <typename O>
 bool share_bands(const ConvShape& shape) {
-  return keeps_size(shape) && !(winograd_pays<O>(shape, shape.output) &&
-                                winograd_is_large(shape.input.channels, shape.output.channels));
+  if (!keeps_size(shape)) return false;
+  if (winograd_pays<O>(shape, shape.output))
+    return !winograd_is_large(shape.input.channels, shape.output.channels);
+  return is_pointwise(shape) || !dweight_is_wide<O>(shape);
 }
 
 // Rows of each image in bands of at most `most` rows; the split depends on the shape alone. Each
@@ -200,17 +214,6 @@ template <typename O>
 int64_t grad_pitch(const ConvShape& shape, const Window& window) {
   return window.step_height == 1 ? ceil_div(window.width, window.step_width)
                                  : round_depth<O>(shape.output.width);
-}
-
-// Whether dW is more than caches hold, so that all parts of the work share one; Winograd's is split
-// by other rules.
-template <typename O>
-bool dweight_is_wide(const ConvShape& shape) {
-  constexpr int64_t kWide = 512 * 1024;  // bytes, all of an L2
-  const int64_t taps = shape.kernel_height * shape.kernel_width;
-  const int64_t size = taps * shape.input.channels * shape.output.channels;
-  return !kPairs<O> && !winograd_pays<O>(shape, shape.output) &&
-         size * static_cast<int64_t>(sizeof(O)) >= kWide;
 }
 
 // The bands of output rows that wgrad works on, and dgrad too where they share them: each gradient

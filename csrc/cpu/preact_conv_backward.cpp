@@ -3,9 +3,9 @@
 // Reads g', u' [M', K] and u, addend, residual [M, C]; writes g [M, C] and dW; FLOPs 4*M'*K*C*R*S.
 // Of a residual sum it reads the gradient of its shortcut as well, and writes dy [M', K].
 //
-// Where the convolution keeps the size, both gradients go over the same bands: dy is loaded once,
-// and u is still in cache when g is computed. Bands of a 1x1 share no pixel, so that a residual
-// sum's dy is made there; else residual_grad makes it before.
+// Where both gradients go over the same bands (share_bands), dy is loaded once, and u is still in
+// cache when g is computed. Bands of a 1x1 share no pixel, so that a residual sum's dy is made
+// there; else residual_grad makes it before.
 #include "../residual_sum.h"
 #include "input_gradient.h"
 #include "weight_gradient.h"
@@ -48,7 +48,7 @@ void run(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
   dweight.finish(runtime);
 }
 
-// Of a 1x1, whose bands share no pixel.
+// Of a 1x1.
 template <typename S, typename O>
 void run_wide(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgrad) {
   dgrad.shape = wgrad.shape = flattened(dgrad.shape);
@@ -82,15 +82,12 @@ void preact_conv_backward(const Runtime& runtime, const PreactConvDgrad& dgrad,
     return backward_after_residual_grad(runtime, dgrad, wgrad);
   if (!together) return run_apart(runtime, dgrad, wgrad);
   dispatch(runtime, dgrad.dtype, 2, [&]<typename S, typename O>(S, O) {
+    if (!share_bands<O>(wgrad.shape)) return run_apart(runtime, dgrad, wgrad);
     if constexpr (std::is_same_v<O, float>)
       if (winograd_pays<O>(wgrad.shape, wgrad.shape.output))
-        return share_bands<O>(wgrad.shape)
-                   ? run<S, O, WinogradWeightGradient<S>>(runtime, dgrad, wgrad)
-                   : run_apart(runtime, dgrad, wgrad);
+        return run<S, O, WinogradWeightGradient<S>>(runtime, dgrad, wgrad);
     if constexpr (!kPairs<O>)
-      if (dweight_is_wide<O>(wgrad.shape))
-        return is_pointwise(wgrad.shape) ? run_wide<S, O>(runtime, dgrad, wgrad)
-                                         : run_apart(runtime, dgrad, wgrad);
+      if (dweight_is_wide<O>(wgrad.shape)) return run_wide<S, O>(runtime, dgrad, wgrad);
     run<S, O, WeightGradient<S, O>>(runtime, dgrad, wgrad);
   });
 }

@@ -78,14 +78,16 @@ class WideWeightGradient {
         op_.shape,
         static_cast<const S*>(op_.input) + bands_.image(band) * input.height * input.width * c_,
         bands_.first_row(band), count, static_cast<const A*>(op_.affine), op_.activation, window);
+    const int64_t row_step = window_.step_height * window_.width;
     for (int64_t tap = 0; tap < taps_; ++tap) {
       const Packed<O> h = of_tap(tap);
       for (int64_t block = 0; block < h.blocks(); ++block) {
         const int64_t n = h.columns(block);
+        const O* const from = window + first_source(tap) * c_ + h.first(block);
         O* out = h.at(block, pixel);
         for (int64_t row = 0; row < count; ++row)
           for (int64_t column = 0; column < q_; ++column, out += n)
-            std::copy_n(window + source(tap, row, column) * c_ + h.first(block), n, out);
+            std::copy_n(from + (row * row_step + column * window_.step_width) * c_, n, out);
       }
     }
   }
@@ -110,10 +112,9 @@ class WideWeightGradient {
     return {h_ + tap * pixels_ * c_, pixels_, c_, tile_.columns};
   }
 
-  // Which pixel of a band's window a tap reads for a pixel of dy.
-  int64_t source(int64_t tap, int64_t row, int64_t column) const {
-    const int64_t r = tap / op_.shape.kernel_width, s = tap % op_.shape.kernel_width;
-    return (row * window_.step_height + r) * window_.width + column * window_.step_width + s;
+  // Which pixel of a band's window a tap reads for the band's first pixel of dy.
+  int64_t first_source(int64_t tap) const {
+    return tap / op_.shape.kernel_width * window_.width + tap % op_.shape.kernel_width;
   }
 
   void multiply(int64_t tap, int64_t down, int64_t across, int64_t pixels, bool accumulate) const {
