@@ -96,11 +96,12 @@ inline int64_t winograd_rows(const ConvShape& shape, const ImageShape& results, 
 // by other rules.
 template <typename O>
 bool dweight_is_wide(const ConvShape& shape) {
-  constexpr int64_t kWide = 512 * 1024;  // bytes, all of an L2
+  // bytes: all of an L2, or half of it for products that take half the time
+  constexpr int64_t kWide = (kPairs<O> ? 256 : 512) * 1024;
   const int64_t taps = shape.kernel_height * shape.kernel_width;
   const int64_t size = taps * shape.input.channels * shape.output.channels;
-  return !kPairs<O> && !winograd_pays<O>(shape, shape.output) &&
-         size * static_cast<int64_t>(sizeof(O)) >= kWide;
+  return !winograd_pays<O>(shape, shape.output) &&
+         size * static_cast<int64_t>(sizeof(Accumulator<O>)) >= kWide;
 }
 
 // Whether the gradients of input and weights go over the same bands: not where dW is large, unless
@@ -111,6 +112,16 @@ bool share_bands(const ConvShape& shape) {
   if (winograd_pays<O>(shape, shape.output))
     return !winograd_is_large(shape.input.channels, shape.output.channels);
   return is_pointwise(shape) || !dweight_is_wide<O>(shape);
+}
+
+// What multiplies dy by h over pixels: the tile for pairs wants its left operand transposed in
+// memory, ours reads it as it lies.
+template <typename O>
+auto wgrad_tile(const Runtime& runtime, O) {
+  if constexpr (kPairs<O>)
+    return runtime.pairs_tile;
+  else
+    return transposed_tile<O>();
 }
 
 // Rows of each image in bands of at most `most` rows; the split depends on the shape alone. Each
@@ -250,19 +261,25 @@ struct Packed {
   int64_t columns(int64_t block) const { return std::min(block_columns, n - first(block)); }
   O* at(int64_t block, int64_t row) const { return data + first(block) * k + row * columns(block); }
 
-  // Value j of row i is row_of(i)[j * stride]; rows in parallel.
+  // Value j of row i is row_of(i)[j * stride]; rows in parallel. Those that lie in memory as they
+  // are go one by one, from end to end; else rows of a block may share cache lines.
   template <typename F>
   void fill(const Runtime& runtime, int64_t stride, const F& row_of) const {
-    if (stride == 1)
-      fill_rows(runtime, [](int64_t j) { return j; }, row_of);
-    else
-      fill_rows(runtime, [stride](int64_t j) { return j * stride; }, row_of);
+    const Parts parts(k / kRows, kMostParts);
+    parallel_for(runtime, parts.parts, [&](int64_t part) {
+      const int64_t begin = parts.begin(part) * kRows, end = parts.end(part) * kRows;
+      if (stride == 1)
+        for (int64_t i = begin; i < end; i += kRows)
+          for (int64_t block = 0; block < blocks(); ++block) copy(block, i, row_of);
+      else
+        for (int64_t block = 0; block < blocks(); ++block)
+          for (int64_t i = begin; i < end; i += kRows) gather(block, i, stride, row_of);
+    });
   }
 
   // From the matrix's transpose [n, k], whose rows are `pitch` apart.
   void fill_transposed(const Runtime& runtime, const O* transposed, int64_t pitch) const {
     using Unit = std::conditional_t<kPairs<O>, Pair, O>;  // what moves as one
-    constexpr int64_t kRows = static_cast<int64_t>(sizeof(Unit) / sizeof(O));
     // Whole lines of a block's columns: of many filters, one line each is more than caches keep.
     constexpr int64_t kRun = 64;
     const int64_t units = k / kRows, runs = ceil_div(units, kRun);
@@ -275,26 +292,30 @@ struct Packed {
   }
 
  private:
-  template <typename I, typename F>
-  void fill_rows(const Runtime& runtime, const I& index, const F& row_of) const {
-    constexpr int64_t kRows = kPairs<O> ? 2 : 1;
-    const Parts parts(k / kRows, kMostParts);
-    parallel_for(runtime, parts.parts, [&](int64_t part) {
-      for (int64_t block = 0; block < blocks(); ++block)
-        for (int64_t i = parts.begin(part) * kRows; i < parts.end(part) * kRows; i += kRows) {
-          const int64_t first = this->first(block);
-          const auto* const row = row_of(i);
-          O* const out = at(block, i);
-          if constexpr (kPairs<O>) {
-            const auto* const next = row_of(i + 1);
-            for (int64_t j = 0; j < columns(block); ++j)
-              reinterpret_cast<Pair*>(out)[j] = {row[index(first + j)], next[index(first + j)]};
-          } else {
-            for (int64_t j = 0; j < columns(block); ++j)
-              narrow(widen(row[index(first + j)]), out[j]);
-          }
-        }
-    });
+  static constexpr int64_t kRows = kPairs<O> ? 2 : 1;  // that lie together
+
+  template <typename F>
+  void copy(int64_t block, int64_t i, const F& row_of) const {
+    const int64_t n = columns(block);
+    const auto* const row = row_of(i) + first(block);
+    if constexpr (kPairs<O>)
+      pair_rows(row, 2, n, row_of(i + 1) - row_of(i), at(block, i));
+    else
+      for (int64_t j = 0; j < n; ++j) narrow(widen(row[j]), at(block, i)[j]);
+  }
+
+  template <typename F>
+  void gather(int64_t block, int64_t i, int64_t stride, const F& row_of) const {
+    const int64_t begin = first(block);
+    const auto* const row = row_of(i);
+    O* const out = at(block, i);
+    if constexpr (kPairs<O>) {
+      const auto* const next = row_of(i + 1);
+      for (int64_t j = 0; j < columns(block); ++j)
+        reinterpret_cast<Pair*>(out)[j] = {row[(begin + j) * stride], next[(begin + j) * stride]};
+    } else {
+      for (int64_t j = 0; j < columns(block); ++j) narrow(widen(row[(begin + j) * stride]), out[j]);
+    }
   }
 };
 

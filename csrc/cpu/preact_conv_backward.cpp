@@ -54,11 +54,11 @@ void run_wide(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgr
   dgrad.shape = wgrad.shape = flattened(dgrad.shape);
   const OutputGradient<S> grad(dgrad.grad, dgrad.shape.output);
   InputGradient<S, O> dinput(runtime, dgrad);
-  const WideWeightGradient<S, O> dweight(wgrad);
-  dweight.run(runtime, [&](int64_t part, int64_t band, int64_t pixel) {
+  const WideWeightGradient<S, O> dweight(runtime, wgrad);
+  dweight.run(runtime, [&](int64_t part, int64_t band, auto place) {
     O* const loaded = buffer<O>(Buffer::kGrad, dinput.source_size());
     const O* const dy = dinput.load_grad(grad, band, loaded);
-    dweight.load(band, pixel, dy);
+    dweight.load(band, place, dy);
     Ahead ahead(runtime.asks_ahead);
     dinput.compute(part, band, 1, &dy, ahead);
   });
@@ -86,8 +86,7 @@ void preact_conv_backward(const Runtime& runtime, const PreactConvDgrad& dgrad,
     if constexpr (std::is_same_v<O, float>)
       if (winograd_pays<O>(wgrad.shape, wgrad.shape.output))
         return run<S, O, WinogradWeightGradient<S>>(runtime, dgrad, wgrad);
-    if constexpr (!kPairs<O>)
-      if (dweight_is_wide<O>(wgrad.shape)) return run_wide<S, O>(runtime, dgrad, wgrad);
+    if (dweight_is_wide<O>(wgrad.shape)) return run_wide<S, O>(runtime, dgrad, wgrad);
     run<S, O, WeightGradient<S, O>>(runtime, dgrad, wgrad);
   });
 }

@@ -39,10 +39,10 @@ template <typename S, typename O>
 void run_wide(const Runtime& runtime, PreactConvWgrad op) {
   op.shape = flattened(op.shape);
   const OutputGradient<S> grad(op.grad, op.shape.output);
-  const WideWeightGradient<S, O> dweight(op);
-  dweight.run(runtime, [&](int64_t /*part*/, int64_t band, int64_t pixel) {
+  const WideWeightGradient<S, O> dweight(runtime, op);
+  dweight.run(runtime, [&](int64_t /*part*/, int64_t band, auto place) {
     O* const loaded = buffer<O>(Buffer::kGrad, dweight.grad_size());
-    dweight.load(band, pixel, dweight.load_grad(grad, band, loaded));
+    dweight.load(band, place, dweight.load_grad(grad, band, loaded));
   });
 }
 
@@ -53,8 +53,7 @@ void preact_conv_wgrad(const Runtime& runtime, const PreactConvWgrad& op) {
     if constexpr (std::is_same_v<O, float>)
       if (winograd_pays<O>(op.shape, op.shape.output))
         return run<S, O, WinogradWeightGradient<S>>(runtime, op);
-    if constexpr (!kPairs<O>)
-      if (dweight_is_wide<O>(op.shape)) return run_wide<S, O>(runtime, op);
+    if (dweight_is_wide<O>(op.shape)) return run_wide<S, O>(runtime, op);
     run<S, O, WeightGradient<S, O>>(runtime, op);
   });
 }

@@ -36,7 +36,7 @@ class WeightGradient {
         step_depth_(!kPairs<O> ? 1
                     : joined_  ? runtime.pairs_depth
                                : 2),
-        tile_(tile_for(runtime, O{})),
+        tile_(wgrad_tile(runtime, O{})),
         partial_(buffer<A>(Buffer::kPartial, bands.parts.parts * size_)) {}
 
   // Values of dy of a band.
@@ -183,13 +183,6 @@ class WeightGradient {
       tile_.copies && (taps_ > 1 || kPairs<O>) && product_columns_ > tile_.columns;
   const int64_t block_columns_ = in_blocks_ ? tile_.columns : kProductColumns;
   A* const partial_;  // [parts][R, S, product_rows, product_columns]
-
-  static Tile<O, A> tile_for(const Runtime& runtime, O) {
-    if constexpr (kPairs<O>)
-      return runtime.pairs_tile;
-    else
-      return transposed_tile<O>();
-  }
 
   // Where in the left operand the product of a tap begins, of its rows from `row` on.
   int64_t left_offset(int64_t tap, int64_t row) const {

@@ -14,17 +14,24 @@ template <typename S, typename O>
 class WideWeightGradient {
   using A = Accumulator<S>;
   static constexpr int64_t kFilters = 64, kChannels = 128;  // of a block of dW
-  // Of dy's rows: an odd number of cache lines sets them apart in the cache.
-  static constexpr int64_t kPitch = kFilters + kLineBytes / static_cast<int64_t>(sizeof(O));
+  static constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(O));
 
  public:
+  // Where the operands of a band lie in its group's: those of its pixels, then zeros.
+  struct Pixels {
+    int64_t begin, end;
+  };
+
   // op's shape is flattened.
-  explicit WideWeightGradient(const PreactConvWgrad& op)
+  WideWeightGradient(const Runtime& runtime, const PreactConvWgrad& op)
       : op_(op),
         window_(op.shape),
         bands_(gradient_bands<O>(op.shape)),
-        pixels_(bands_.parts.parts * bands_.rows_per_band * q_),
-        dy_(buffer<O>(Buffer::kLeft, down_ * pixels_ * kPitch)),
+        step_depth_(kPairs<O> ? runtime.pairs_depth : 1),
+        pixels_(
+            round_up(bands_.parts.parts * round_depth<O>(bands_.rows_per_band * q_), step_depth_)),
+        tile_(wgrad_tile(runtime, O{})),
+        dy_(buffer<O>(Buffer::kLeft, kPairs<O> ? k_ * pitch_ : down_ * pixels_ * pitch_)),
         h_(buffer<O>(Buffer::kRight, taps_ * pixels_ * c_)) {}
 
   // Values of dy of a band.
@@ -33,63 +40,57 @@ class WideWeightGradient {
   // dy of a band, [rows, Q, K], where it lies or in `loaded`.
   const O* load_grad(const OutputGradient<S>& grad, int64_t band, O* loaded) const {
     const int64_t row = bands_.image(band) * op_.shape.output.height + bands_.first_row(band);
-    return grad.rows(row * q_, rows(band) * q_, loaded);
+    return grad.rows(row * q_, pixels(band), loaded);
   }
 
-  // Writes dW. Calls load_band(part, band, pixel) for all bands, in order for those of a part,
-  // which has to call load(band, pixel, dy).
+  // Writes dW. Calls load_band(part, band, place) for all bands, in order for those of a part,
+  // which has to call load(band, place, dy).
   template <typename F>
   void run(const Runtime& runtime, const F& load_band) const {
     struct Load {
-      int64_t part, band, pixel;
+      int64_t part, band;
+      Pixels place;
     };
     const Parts& parts = bands_.parts;
     // A group has one band of each part, as long as there are any.
     for (int64_t group = 0; group < ceil_div(parts.count, parts.parts); ++group) {
       std::vector<Load> loads;
-      int64_t pixels = 0;
+      int64_t end = 0;
       for (int64_t part = 0; part < parts.parts; ++part) {
-        const int64_t band = parts.begin(part) + group;
+        const int64_t band = parts.begin(part) + group, begin = end;
         if (band >= parts.end(part)) continue;
-        loads.push_back({part, band, pixels});
-        pixels += rows(band) * q_;
+        end += round_depth<O>(pixels(band));
+        loads.push_back({part, band, {begin, end}});
       }
+      end = loads.back().place.end = round_up(end, step_depth_);
       parallel_for(runtime, static_cast<int64_t>(loads.size()),
-                   [&](int64_t i) { load_band(loads[i].part, loads[i].band, loads[i].pixel); });
+                   [&](int64_t i) { load_band(loads[i].part, loads[i].band, loads[i].place); });
       parallel_for(runtime, taps_ * down_ * across_, [&](int64_t block) {
-        multiply(block / (down_ * across_), block / across_ % down_, block % across_, pixels,
+        multiply(block / (down_ * across_), block / across_ % down_, block % across_, end,
                  group > 0);
       });
     }
   }
 
-  // The operands of a band, of its dy [rows, Q, K], from the group's `pixel` on.
-  void load(int64_t band, int64_t pixel, const O* dy) const {
-    const int64_t count = rows(band);
-    for (int64_t down = 0; down < down_; ++down) {
-      O* const out = dy_block(down) + pixel * kPitch;
-      for (int64_t i = 0; i < count * q_; ++i)
-        std::copy_n(dy + i * k_ + down * kFilters, filters(down), out + i * kPitch);
-    }
+  // Makes a band's operands of its dy [rows, Q, K].
+  void load(int64_t band, Pixels place, const O* dy) const {
+    load_left(dy, pixels(band), place);
+    const int64_t rows = bands_.end_row(band) - bands_.first_row(band);
     const int64_t most_rows = window_.rows(op_.shape, bands_.rows_per_band);
     O* const window = buffer<O>(Buffer::kSource, most_rows * window_.width * c_);
     const ImageShape& input = op_.shape.input;
     window_.fill(
         op_.shape,
         static_cast<const S*>(op_.input) + bands_.image(band) * input.height * input.width * c_,
-        bands_.first_row(band), count, static_cast<const A*>(op_.affine), op_.activation, window);
-    const int64_t row_step = window_.step_height * window_.width;
-    for (int64_t tap = 0; tap < taps_; ++tap) {
-      const Packed<O> h = of_tap(tap);
-      for (int64_t block = 0; block < h.blocks(); ++block) {
-        const int64_t n = h.columns(block);
-        const O* const from = window + first_source(tap) * c_ + h.first(block);
-        O* out = h.at(block, pixel);
-        for (int64_t row = 0; row < count; ++row)
-          for (int64_t column = 0; column < q_; ++column, out += n)
-            std::copy_n(from + (row * row_step + column * window_.step_width) * c_, n, out);
-      }
-    }
+        bands_.first_row(band), rows, static_cast<const A*>(op_.affine), op_.activation, window);
+    // of each pixel, what its first tap reads
+    std::vector<const O*> sources;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < q_; ++column)
+        sources.push_back(
+            window +
+            (row * window_.step_height * window_.width + column * window_.step_width) * c_);
+    for (int64_t tap = 0; tap < taps_; ++tap) load_right(tap, sources, place);
   }
 
  private:
@@ -100,21 +101,59 @@ class WideWeightGradient {
   const int64_t down_ = ceil_div(k_, kFilters), across_ = ceil_div(c_, kChannels);  // blocks of dW
   const Window window_;
   const Bands bands_;
-  const int64_t pixels_;  // of a group, at most
-  const Tile<O, A> tile_ = transposed_tile<O>();
-  O* const dy_;  // [K / kFilters][pixels, kPitch]
+  const int64_t step_depth_;  // of the products
+  const int64_t pixels_;      // of a group, at most
+  const Tile<O, A> tile_;
+  // Of dy's rows: an odd number of cache lines sets them apart in the cache.
+  const int64_t pitch_ = (ceil_div(kPairs<O> ? pixels_ : kFilters, kLine) | 1) * kLine;
+  O* const dy_;  // [K / kFilters][pixels, pitch], or transposed, [K, pitch], for pairs
   O* const h_;   // of each tap [pixels, C], Packed
 
-  int64_t rows(int64_t band) const { return bands_.end_row(band) - bands_.first_row(band); }
+  int64_t pixels(int64_t band) const {
+    return (bands_.end_row(band) - bands_.first_row(band)) * q_;
+  }
   int64_t filters(int64_t down) const { return std::min(kFilters, k_ - down * kFilters); }
-  O* dy_block(int64_t down) const { return dy_ + down * pixels_ * kPitch; }
+  O* dy_block(int64_t down) const { return dy_ + down * (kPairs<O> ? kFilters : pixels_) * pitch_; }
   Packed<O> of_tap(int64_t tap) const {
     return {h_ + tap * pixels_ * c_, pixels_, c_, tile_.columns};
   }
 
-  // Which pixel of a band's window a tap reads for the band's first pixel of dy.
-  int64_t first_source(int64_t tap) const {
-    return tap / op_.shape.kernel_width * window_.width + tap % op_.shape.kernel_width;
+  void load_left(const O* dy, int64_t count, Pixels place) const {
+    if constexpr (kPairs<O>) {
+      transpose(dy, count, k_, k_, pitch_, dy_ + place.begin);
+      for (int64_t k = 0; k < k_; ++k)
+        std::fill(dy_ + k * pitch_ + place.begin + count, dy_ + k * pitch_ + place.end, O{});
+    } else {
+      for (int64_t down = 0; down < down_; ++down) {
+        O* const out = dy_block(down) + place.begin * pitch_;
+        for (int64_t i = 0; i < count; ++i)
+          std::copy_n(dy + i * k_ + down * kFilters, filters(down), out + i * pitch_);
+      }
+    }
+  }
+
+  // Of a tap, from what the first one reads.
+  void load_right(int64_t tap, const std::vector<const O*>& sources, Pixels place) const {
+    const int64_t r = tap / op_.shape.kernel_width, s = tap % op_.shape.kernel_width;
+    const int64_t count = static_cast<int64_t>(sources.size());
+    const Packed<O> h = of_tap(tap);
+    for (int64_t block = 0; block < h.blocks(); ++block) {
+      const int64_t n = h.columns(block);
+      const int64_t shift = (r * window_.width + s) * c_ + h.first(block);
+      O* const out = h.at(block, place.begin);
+      if constexpr (kPairs<O>) {
+        for (int64_t i = 0; i < count; i += 2) {
+          const O* const first = sources[i] + shift;
+          if (i + 1 < count)
+            pair_rows(first, 2, n, sources[i + 1] - sources[i], out + i * n);
+          else
+            pair_rows(first, 1, n, n, out + i * n);
+        }
+        std::fill(out + round_depth<O>(count) * n, h.at(block, place.end), O{});
+      } else {
+        for (int64_t i = 0; i < count; ++i) std::copy_n(sources[i] + shift, n, out + i * n);
+      }
+    }
   }
 
   void multiply(int64_t tap, int64_t down, int64_t across, int64_t pixels, bool accumulate) const {
@@ -123,7 +162,7 @@ class WideWeightGradient {
     A* const out = static_cast<A*>(op_.dweight) + down * kFilters * pitch + tap * c_;
     const int64_t end = std::min(h.blocks(), (across + 1) * of_block);
     for (int64_t block = across * of_block; block < end; ++block)
-      tile_.multiply(filters(down), h.columns(block), pixels, kPitch, h.columns(block), pitch,
+      tile_.multiply(filters(down), h.columns(block), pixels, pitch_, h.columns(block), pitch,
                      accumulate, dy_block(down), h.at(block, 0), out + h.first(block));
   }
 };

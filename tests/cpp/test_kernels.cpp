@@ -487,6 +487,10 @@ int main() {
   test_wide<float>("float32");
   test_wide<double>("float64");
   test_wide<bf16>("bfloat16");
+  in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false};
+  test_wide<bf16>("bfloat16 in pairs");
+  in_order.pairs_depth = reversed.pairs_depth = 32;
+  test_wide<bf16>("bfloat16 in pairs, 32 deep");
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
   return failures != 0;
 }
