@@ -54,10 +54,11 @@ _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
 # From where on PyTorch's convolution between pointwise kernels is faster. CPU: values of a weight,
-# measured at batch 16 on AVX-512; in bfloat16 a 3x3 of 128 channels (2^17) was as fast fused and
-# one of 256 (2^19) was not; in float32 none is slower fused, up to 640 channels, with either
-# matrix tile. CUDA: those times the pixels of the units' input; measured on an H200, where
-# ResNet-164 (at most 2^30.2 at batch 128) is faster fused and PreActResNet-18 (2^32.2) is not.
+# where oneDNN's matrix tile is the faster one; measured at batch 16 on AMX, where in bfloat16 a 3x3
+# of 128 channels (2^17) was as fast fused and one of 256 (2^19) was not. In float32, and in
+# bfloat16 with our own tile, none is slower fused, up to 640 channels. CUDA: those times the pixels
+# of the units' input; measured on an H200, where ResNet-164 (at most 2^30.2 at batch 128) is faster
+# fused and PreActResNet-18 (2^32.2) is not.
 _COMPOSED_FROM = {torch.bfloat16: 2**19}
 _COMPOSED_FROM_CUDA = 2**31
 # Values of a kernel, on a CPU: in float32 on AVX-512 a 5x5 is as fast by either, a 7x7 that keeps
@@ -152,7 +153,7 @@ def _much_work(input: Tensor) -> tuple[int, float]:
     """What a weight's value counts, and from what sum on PyTorch's convolution is faster."""
     if input.is_cuda:
         return input.shape[0] * input.shape[2] * input.shape[3], _COMPOSED_FROM_CUDA
-    if _is_slow_in_pytorch(input.dtype):
+    if _is_slow_in_pytorch(input.dtype) or not _multiplies_by_onednn():
         return 1, math.inf
     return 1, _COMPOSED_FROM.get(input.dtype, math.inf)
 
@@ -275,6 +276,13 @@ def _interpreted() -> bool:
 @functools.cache
 def _multiplies_bfloat16() -> bool:
     return _C.multiplies_bfloat16()
+
+
+@_constant
+@functools.cache
+def _multiplies_by_onednn() -> bool:
+    """Whether the kernels' matrix tile is oneDNN's, unless another is asked for."""
+    return _C.tile_providers()[0] == "brgemm"
 
 
 @_constant

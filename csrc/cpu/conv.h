@@ -268,13 +268,24 @@ struct Packed {
     const Parts parts(k / kRows, kMostParts);
     parallel_for(runtime, parts.parts, [&](int64_t part) {
       const int64_t begin = parts.begin(part) * kRows, end = parts.end(part) * kRows;
-      if (stride == 1)
-        for (int64_t i = begin; i < end; i += kRows)
-          for (int64_t block = 0; block < blocks(); ++block) copy(block, i, row_of);
-      else
-        for (int64_t block = 0; block < blocks(); ++block)
-          for (int64_t i = begin; i < end; i += kRows) gather(block, i, stride, row_of);
+      if (stride == 1) return copy_rows(begin, end, row_of);
+      for (int64_t block = 0; block < blocks(); ++block)
+        for (int64_t i = begin; i < end; i += kRows) gather(block, i, stride, row_of);
     });
+  }
+
+  // Rows [begin, end) of `stride` 1. For pairs both are even.
+  template <typename F>
+  void copy_rows(int64_t begin, int64_t end, const F& row_of) const {
+    for (int64_t i = begin; i < end; i += kRows)
+      for (int64_t block = 0; block < blocks(); ++block) {
+        const int64_t n = columns(block);
+        const auto* const row = row_of(i) + first(block);
+        if constexpr (kPairs<O>)
+          pair_rows(row, 2, n, row_of(i + 1) - row_of(i), at(block, i));
+        else
+          for (int64_t j = 0; j < n; ++j) narrow(widen(row[j]), at(block, i)[j]);
+      }
   }
 
   // From the matrix's transpose [n, k], whose rows are `pitch` apart.
@@ -293,16 +304,6 @@ struct Packed {
 
  private:
   static constexpr int64_t kRows = kPairs<O> ? 2 : 1;  // that lie together
-
-  template <typename F>
-  void copy(int64_t block, int64_t i, const F& row_of) const {
-    const int64_t n = columns(block);
-    const auto* const row = row_of(i) + first(block);
-    if constexpr (kPairs<O>)
-      pair_rows(row, 2, n, row_of(i + 1) - row_of(i), at(block, i));
-    else
-      for (int64_t j = 0; j < n; ++j) narrow(widen(row[j]), at(block, i)[j]);
-  }
 
   template <typename F>
   void gather(int64_t block, int64_t i, int64_t stride, const F& row_of) const {

@@ -55,12 +55,12 @@ void run_wide(const Runtime& runtime, PreactConvDgrad dgrad, PreactConvWgrad wgr
   const OutputGradient<S> grad(dgrad.grad, dgrad.shape.output);
   InputGradient<S, O> dinput(runtime, dgrad);
   const WideWeightGradient<S, O> dweight(runtime, wgrad);
-  dweight.run(runtime, [&](int64_t part, int64_t band, auto place) {
+  dweight.run(runtime, [&](const auto& l) {
     O* const loaded = buffer<O>(Buffer::kGrad, dinput.source_size());
-    const O* const dy = dinput.load_grad(grad, band, loaded);
-    dweight.load(band, place, dy);
+    const O* const dy = dinput.load_grad(grad, l.band, loaded);
+    dweight.load(l, dy);
     Ahead ahead(runtime.asks_ahead);
-    dinput.compute(part, band, 1, &dy, ahead);
+    dinput.compute(l.part, l.band, 1, &dy, ahead);
   });
   dinput.finish();
 }

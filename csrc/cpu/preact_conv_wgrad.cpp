@@ -40,9 +40,9 @@ void run_wide(const Runtime& runtime, PreactConvWgrad op) {
   op.shape = flattened(op.shape);
   const OutputGradient<S> grad(op.grad, op.shape.output);
   const WideWeightGradient<S, O> dweight(runtime, op);
-  dweight.run(runtime, [&](int64_t /*part*/, int64_t band, auto place) {
+  dweight.run(runtime, [&](const auto& l) {
     O* const loaded = buffer<O>(Buffer::kGrad, dweight.grad_size());
-    dweight.load(band, place, dweight.load_grad(grad, band, loaded));
+    dweight.load(l, dweight.load_grad(grad, l.band, loaded));
   });
 }
 

@@ -155,7 +155,11 @@ void use_tile_provider(const std::string& name) {
 Runtime torch_runtime() {
   const char* const name = chosen;
   const bool brgemm = (name ? name == kBrgemm : !portable_is_faster()) && brgemm_runs();
-  Runtime runtime{torch_parallel_for, portable_tile<float>(), portable_pairs_tile(), 2,
+  Runtime runtime{torch_parallel_for,
+                  torch::stable::get_num_threads(),
+                  portable_tile<float>(),
+                  portable_pairs_tile(),
+                  2,
                   !has_avx512()};
   if (!brgemm) return runtime;
   runtime.tile = kBrgemmTile;

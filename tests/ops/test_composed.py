@@ -106,6 +106,7 @@ def wide_from_nine_taps(monkeypatch):
     """The 3x3 convolutions of BOTTLENECK count as wide, its 1x1 do not."""
     wide = dict.fromkeys((torch.float32, torch.bfloat16), 8 * 8 * 9)
     monkeypatch.setattr(ops, "_COMPOSED_FROM", wide)
+    monkeypatch.setattr(ops, "_multiplies_by_onednn", lambda: True)
 
 
 def test_plan_by_width(wide_from_nine_taps, called):
@@ -129,6 +130,16 @@ def test_bfloat16_is_composed_where_it_is_multiplied(wide_from_nine_taps, monkey
     for multiplies in (True, False):
         monkeypatch.setattr(ops, "_multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
         assert ops.plan_convs(torch.ops.fused_preact, [conv], input) == [multiplies]
+
+
+def test_wide_is_fused_by_our_own_tile(wide_from_nine_taps, monkeypatch):
+    """Beside oneDNN's tile PyTorch's convolution is faster, beside ours it is not."""
+    monkeypatch.setattr(ops, "_multiplies_bfloat16", lambda: True)
+    conv = Conv(torch.empty(8, 8, 3, 3))
+    input = torch.empty(1, 8, 4, 4, dtype=torch.bfloat16)
+    for onednn in (True, False):
+        monkeypatch.setattr(ops, "_multiplies_by_onednn", lambda onednn=onednn: onednn)
+        assert ops.plan_convs(torch.ops.fused_preact, [conv], input) == [onednn]
 
 
 @pytest.mark.parametrize(
