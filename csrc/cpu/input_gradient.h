@@ -208,10 +208,12 @@ class InputGradient {
         for (const O*& source : sources) source += (row - first) * source_width() * k_;
         return winograd_->multiply(count, rows, pitch_, sources.data(), out, ahead);
       }
-    if (adds_to_zeros_ || !every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
+    // Below dy's last row only later taps find some.
+    const bool adds_to_zeros = adds_to_zeros_ || last_p(row + rows - 1) >= op_.shape.output.height;
+    if (adds_to_zeros || !every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
     for (int64_t x = row; x < (joined_ ? row + 1 : row + rows); ++x)
-      multiply_rows(x, joined_ ? rows : 1, *dy, first_p(first), out + (x - row) * pitch_ * c_,
-                    ahead);
+      multiply_rows(x, joined_ ? rows : 1, adds_to_zeros, *dy, first_p(first),
+                    out + (x - row) * pitch_ * c_, ahead);
   }
 
   // Stores what has become of dh.
@@ -236,8 +238,8 @@ class InputGradient {
   }
 
   // dh of input rows [x, x + rows), several only where they join.
-  void multiply_rows(int64_t x, int64_t rows, const O* dy, int64_t source_first, A* out,
-                     Ahead& ahead) const {
+  void multiply_rows(int64_t x, int64_t rows, bool adds_to_zeros, const O* dy, int64_t source_first,
+                     A* out, Ahead& ahead) const {
     const int64_t phase_h = (x + top_) % stride_h_, i = (x + top_) / stride_h_;
     for (int64_t j = 0; j < stride_w_; ++j) {
       const Phase& phase = across_[j];
@@ -246,13 +248,17 @@ class InputGradient {
       if (run_length == 0 || phase.pixels == 0) continue;
       for (int64_t block = 0; block < weight.blocks(); ++block)
         for (int64_t t = 0; t < down_[phase_h].taps; ++t) {
-          const int64_t y = i - t - source_first;
+          // Rows of dy above and below it are zeros.
+          const int64_t first = std::max<int64_t>(0, t - i);
+          const int64_t count = std::min(rows, op_.shape.output.height + t - i) - first;
+          if (count <= 0) continue;
+          const int64_t y = i + first - t - source_first;
           const int64_t column = phase.first_i - (phase.taps - 1) - first_q();
           ahead.multiply<O, A>(
-              tile_, joined_ ? (rows - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
-              run_length, k_, weight.columns(block), stride_w_ * c_, adds_to_zeros_ || t > 0,
+              tile_, joined_ ? (count - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
+              run_length, k_, weight.columns(block), stride_w_ * c_, adds_to_zeros || t > 0,
               dy + (y * source_width() + column) * k_, weight.at(block, t * run_length),
-              out + phase.first_x * c_ + weight.first(block));
+              out + first * pitch_ * c_ + phase.first_x * c_ + weight.first(block));
         }
     }
   }

@@ -48,23 +48,38 @@ class DirectProducts {
   // Bands whose only tiles are multiplied together.
   int64_t together(const Bands& /*bands*/) const { return 1; }
 
-  // out [rows, pitch, K] of the window h that begins with them.
-  void multiply(int64_t /*bands*/, int64_t rows, const O* const* h, A* out, Ahead& ahead) const {
-    const int64_t calls = joined_ ? 1 : rows, m = joined_ ? (rows - 1) * pitch() + q_ : q_;
-    const bool adds_to_zeros = kAddsToZeros<O> && r_ > 1;
+  // out [rows, pitch, K] of output rows from `row` on, of the window h that begins with theirs.
+  void multiply(int64_t /*bands*/, int64_t row, int64_t rows, const O* const* h, A* out,
+                Ahead& ahead) const {
+    const int64_t calls = joined_ ? 1 : rows, together = joined_ ? rows : 1;
+    const bool adds_to_zeros =
+        (kAddsToZeros<O> && r_ > 1) || begin(0, row) > 0 || end(0, row) < rows;
     if (adds_to_zeros) std::fill_n(out, rows * pitch() * k_, A(0));
     for (int64_t block = 0; block < weight_.blocks(); ++block)
       for (int64_t i = 0; i < calls; ++i)
         for (int64_t tap = 0; tap < r_; ++tap) {
-          const int64_t source = (i * window.step_height + tap) * window.width;
-          ahead.multiply<O, A>(
-              tile_, m, weight_.columns(block), run_length_, window.step_width * c_,
-              weight_.columns(block), k_, adds_to_zeros || tap > 0, *h + source * c_,
-              weight_.at(block, tap * run_length_), out + i * q_ * k_ + weight_.first(block));
+          // Rows of h above and below the image are zeros.
+          const int64_t first = std::max(i, begin(tap, row));
+          const int64_t count = std::min(i + together, end(tap, row)) - first;
+          if (count <= 0) continue;
+          const int64_t source = (first * window.step_height + tap) * window.width;
+          ahead.multiply<O, A>(tile_, (count - 1) * pitch() + q_, weight_.columns(block),
+                               run_length_, window.step_width * c_, weight_.columns(block), k_,
+                               adds_to_zeros || tap > 0, *h + source * c_,
+                               weight_.at(block, tap * run_length_),
+                               out + first * pitch() * k_ + weight_.first(block));
         }
   }
 
  private:
+  // The output rows, counted from `row`, for which a tap reads rows of the image: [begin, end).
+  int64_t begin(int64_t tap, int64_t row) const {
+    return ceil_div(shape.pad_top - tap, shape.stride_height) - row;
+  }
+  int64_t end(int64_t tap, int64_t row) const {
+    return ceil_div(shape.input.height + shape.pad_top - tap, shape.stride_height) - row;
+  }
+
   const int64_t c_ = shape.input.channels, k_ = shape.output.channels, q_ = shape.output.width;
   const int64_t r_ = shape.kernel_height, run_length_ = shape.kernel_width * c_;
   const bool joined_ = window.step_height == 1 && window.step_width == 1 &&
@@ -106,7 +121,7 @@ class WinogradProducts {
     return bands.per_image > 1 ? 1 : std::max<int64_t>(conv_.lines_at_once(pitch()) / lines, 1);
   }
 
-  void multiply(int64_t bands, int64_t rows, const float* const* h, float* out,
+  void multiply(int64_t bands, int64_t /*row*/, int64_t rows, const float* const* h, float* out,
                 Ahead& ahead) const {
     conv_.multiply(bands, rows, pitch(), h, out, ahead);
   }
@@ -159,7 +174,7 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
                       bands.end_row(next) - bands.first_row(next), ahead);
         for (int64_t i = 0; i < count; ++i)
           sources[i] = h + i * window_values + (row - first) * window.step_height * row_values;
-        products.multiply(count, whole_rows, sources.data(), out, ahead);
+        products.multiply(count, row, whole_rows, sources.data(), out, ahead);
         const int64_t runs = pitch == q ? 1 : rows, pixels = rows / runs * q;
         for (int64_t i = 0; i < count; ++i) {
           const int64_t value = first_value + i * values;
