@@ -209,7 +209,8 @@ class InputGradient {
         return winograd_->multiply(count, rows, pitch_, sources.data(), out, ahead);
       }
     // Below dy's last row only later taps find some.
-    const bool adds_to_zeros = adds_to_zeros_ || last_p(row + rows - 1) >= op_.shape.output.height;
+    const bool adds_to_zeros =
+        adds_to_zeros_ || (!joined_ && last_p(row + rows - 1) >= op_.shape.output.height);
     if (adds_to_zeros || !every_pixel_reached_) std::fill_n(out, rows * pitch_ * c_, A(0));
     for (int64_t x = row; x < (joined_ ? row + 1 : row + rows); ++x)
       multiply_rows(x, joined_ ? rows : 1, adds_to_zeros, *dy, first_p(first),
@@ -248,17 +249,15 @@ class InputGradient {
       if (run_length == 0 || phase.pixels == 0) continue;
       for (int64_t block = 0; block < weight.blocks(); ++block)
         for (int64_t t = 0; t < down_[phase_h].taps; ++t) {
-          // Rows of dy above and below it are zeros.
-          const int64_t first = std::max<int64_t>(0, t - i);
-          const int64_t count = std::min(rows, op_.shape.output.height + t - i) - first;
-          if (count <= 0) continue;
-          const int64_t y = i + first - t - source_first;
+          const int64_t p = i - t;
+          if (!joined_ && (p < 0 || p >= op_.shape.output.height)) continue;  // zeros
+          const int64_t y = p - source_first;
           const int64_t column = phase.first_i - (phase.taps - 1) - first_q();
           ahead.multiply<O, A>(
-              tile_, joined_ ? (count - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
+              tile_, joined_ ? (rows - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
               run_length, k_, weight.columns(block), stride_w_ * c_, adds_to_zeros || t > 0,
               dy + (y * source_width() + column) * k_, weight.at(block, t * run_length),
-              out + first * pitch_ * c_ + phase.first_x * c_ + weight.first(block));
+              out + phase.first_x * c_ + weight.first(block));
         }
     }
   }

@@ -51,33 +51,28 @@ class DirectProducts {
   // out [rows, pitch, K] of output rows from `row` on, of the window h that begins with theirs.
   void multiply(int64_t /*bands*/, int64_t row, int64_t rows, const O* const* h, A* out,
                 Ahead& ahead) const {
-    const int64_t calls = joined_ ? 1 : rows, together = joined_ ? rows : 1;
+    const int64_t calls = joined_ ? 1 : rows, m = joined_ ? (rows - 1) * pitch() + q_ : q_;
     const bool adds_to_zeros =
-        (kAddsToZeros<O> && r_ > 1) || begin(0, row) > 0 || end(0, row) < rows;
+        (kAddsToZeros<O> && r_ > 1) || !is_read(0, row) || !is_read(0, row + rows - 1);
     if (adds_to_zeros) std::fill_n(out, rows * pitch() * k_, A(0));
     for (int64_t block = 0; block < weight_.blocks(); ++block)
       for (int64_t i = 0; i < calls; ++i)
         for (int64_t tap = 0; tap < r_; ++tap) {
-          // Rows of h above and below the image are zeros.
-          const int64_t first = std::max(i, begin(tap, row));
-          const int64_t count = std::min(i + together, end(tap, row)) - first;
-          if (count <= 0) continue;
-          const int64_t source = (first * window.step_height + tap) * window.width;
-          ahead.multiply<O, A>(tile_, (count - 1) * pitch() + q_, weight_.columns(block),
-                               run_length_, window.step_width * c_, weight_.columns(block), k_,
-                               adds_to_zeros || tap > 0, *h + source * c_,
-                               weight_.at(block, tap * run_length_),
-                               out + first * pitch() * k_ + weight_.first(block));
+          if (!is_read(tap, row + i)) continue;
+          const int64_t source = (i * window.step_height + tap) * window.width;
+          ahead.multiply<O, A>(
+              tile_, m, weight_.columns(block), run_length_, window.step_width * c_,
+              weight_.columns(block), k_, adds_to_zeros || tap > 0, *h + source * c_,
+              weight_.at(block, tap * run_length_), out + i * q_ * k_ + weight_.first(block));
         }
   }
 
  private:
-  // The output rows, counted from `row`, for which a tap reads rows of the image: [begin, end).
-  int64_t begin(int64_t tap, int64_t row) const {
-    return ceil_div(shape.pad_top - tap, shape.stride_height) - row;
-  }
-  int64_t end(int64_t tap, int64_t row) const {
-    return ceil_div(shape.input.height + shape.pad_top - tap, shape.stride_height) - row;
+  // Whether a tap's product for an output row is asked for: of a row above or below the image, all
+  // zeros, only where it comes with those of others.
+  bool is_read(int64_t tap, int64_t row) const {
+    const int64_t y = row * shape.stride_height + tap - shape.pad_top;
+    return joined_ || (y >= 0 && y < shape.input.height);
   }
 
   const int64_t c_ = shape.input.channels, k_ = shape.output.channels, q_ = shape.output.width;
