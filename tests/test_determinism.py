@@ -11,6 +11,7 @@ CASES = {  # input shape, convolutions: enough of each dimension to be split amo
     "many images": ((40, 16, 8, 8), [(16, X3, ONE, SAME), (16, X3, ONE, SAME)]),
     "many rows": ((2, 64, 56, 56), [(16, ONE, ONE, NONE), (16, X3, TWO, SAME)]),
     "many channels": ((3, 200, 5, 7), [(65, X3, ONE, SAME), (200, ONE, ONE, NONE)]),
+    "wide": ((5, 300, 5, 7), [(440, ONE, ONE, NONE), (66, X3, TWO, SAME)]),  # one dW for all
     "bn_relu": ((7, 65, 33, 9), []),
 }
 
