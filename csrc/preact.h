@@ -74,7 +74,7 @@ Tile<T> transposed_tile();
 struct Runtime {
   // body(i, context) for each i in [0, count), in any order, on any threads
   void (*parallel_for)(int64_t count, void (*body)(int64_t, void*), void* context);
-  int64_t threads;
+  int64_t threads;  // how many that may be
   Tile<float> tile;
   // bfloat16 operands, B in pairs of rows: [k / 2, n, 2], k even. Its multiply is null where the
   // processor has none.

@@ -54,10 +54,10 @@ class WideWeightGradient {
     for (int64_t group = 0; group < ceil_div(parts.count, parts.parts); ++group) {
       std::vector<Load> loads;
       for (int64_t part = 0; part < parts.parts; ++part) {
-        const int64_t band = parts.begin(part) + group,
-                      begin = loads.empty() ? 0 : loads.back().end;
-        if (band < parts.end(part))
-          loads.push_back({part, band, begin, begin + round_depth<O>(rows(band) * q_)});
+        const int64_t band = parts.begin(part) + group;
+        if (band >= parts.end(part)) continue;
+        const int64_t begin = loads.empty() ? 0 : loads.back().end;
+        loads.push_back({part, band, begin, begin + round_depth<O>(rows(band) * q_)});
       }
       loads.back().end = round_up(loads.back().end, step_depth_);
       const std::vector<const O*> sources = sources_of(loads);
