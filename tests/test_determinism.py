@@ -12,6 +12,7 @@ CASES = {  # input shape, convolutions: enough of each dimension to be split amo
     "many rows": ((2, 64, 56, 56), [(16, ONE, ONE, NONE), (16, X3, TWO, SAME)]),
     "many channels": ((3, 200, 5, 7), [(65, X3, ONE, SAME), (200, ONE, ONE, NONE)]),
     "wide": ((5, 300, 5, 7), [(440, ONE, ONE, NONE), (66, X3, TWO, SAME)]),  # one dW for all
+    "large": ((3, 256, 5, 6), [(258, X3, ONE, SAME)]),  # dW split by products and filters
     "bn_relu": ((7, 65, 33, 9), []),
 }
 

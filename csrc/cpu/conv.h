@@ -12,8 +12,7 @@ constexpr int64_t kTilePixels = 64;        // of a tile, at least
 constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
 constexpr int64_t kFewestPixels = 32;      // of a band
 constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
-constexpr int64_t kFewestParts = 8;        // of dW,
-constexpr int64_t kFewestLargeParts = 2;   // where it is split by rows of products too, and
+constexpr int64_t kFewestParts = 8;        // of dW; one where it is split by products
 constexpr int64_t kMostDweights = 32;      // at most
 constexpr int64_t kWideParts = 16;         // of the pixels where all have one dW
 
@@ -236,7 +235,7 @@ Bands gradient_bands(const ConvShape& shape) {
   const bool winograd = winograd_pays<O>(shape, shape.output);
   const int64_t taps = winograd ? 16 : shape.kernel_height * shape.kernel_width;
   const int64_t size = taps * k * c;
-  const int64_t fewest = winograd && winograd_is_large(c, k) ? kFewestLargeParts : kFewestParts;
+  const int64_t fewest = winograd && winograd_is_large(c, k) ? 1 : kFewestParts;
   const int64_t row =
       std::max(window.width * c * window.step_height, grad_pitch<O>(shape, window) * k);
   // so many parts that all their dW are no more than the operands

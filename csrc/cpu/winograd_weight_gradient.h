@@ -2,7 +2,8 @@
 // output rows at a time: what weight_gradient.h is for the others.
 //
 // Each part of the work sums 16 matrix products over its tiles, of A dY A^T, transposed as the tile
-// reads it, by B^T h B; the parts are added in order, and become dW in the end.
+// reads it, by B^T h B; the parts are added in order, and become dW in the end. Where dW is large
+// there is one part, unless pixels are many, in pieces: some of the products, some filters.
 #pragma once
 
 #include "winograd.h"
@@ -17,7 +18,7 @@ class WinogradWeightGradient {
 
  public:
   static constexpr int64_t kMostTogether = 16;
-  // Of the products, each of which loads the operands for itself: rows of transformed tiles.
+  // Each loads the operands for itself. They go by rows of transformed tiles and by filters.
   const int64_t pieces;
   // Of a group of bands, [rows, window's width, channels] each.
   struct Operands {
@@ -25,10 +26,10 @@ class WinogradWeightGradient {
   };
   const Bands bands;
 
-  WinogradWeightGradient(const Runtime&, const PreactConvWgrad& op)
+  WinogradWeightGradient(const Runtime& runtime, const PreactConvWgrad& op)
       : op_(op),
         window_(in_whole_tiles(op.shape)),
-        pieces(share_bands<float>(op.shape) ? 1 : kSide),
+        pieces(share_bands<float>(op.shape) ? 1 : kSide * ceil_div(runtime.threads, kSide)),
         bands(gradient_bands<float>(op.shape)),
         partial_(buffer<float>(Buffer::kPartial, bands.parts.parts * size_)) {}
 
@@ -83,10 +84,15 @@ class WinogradWeightGradient {
         const int64_t pixel = (row - bands.first_row(first + i)) * window_.width;
         lines.push_back({operands.h[i] + pixel * c_, operands.dy[i] + pixel * k_});
       }
-    const int64_t begin = piece * kSide / pieces, end = (piece + 1) * kSide / pieces;
+    const int64_t rows = std::min(pieces, kSide);
+    const Parts filters(k_, pieces / rows);
+    const int64_t own = piece % filters.parts, row = piece / filters.parts;
+    const int64_t begin = row * kSide / rows, end = (row + 1) * kSide / rows;
     const int64_t all = static_cast<int64_t>(lines.size());
-    for (int64_t line = 0; line < all; line += at_once_) {
-      const int64_t high = std::min(at_once_, all - line);
+    // Two sums, half as long, have smaller rounding errors than one.
+    const int64_t most = std::min(at_once_, ceil_div(all, 2));
+    for (int64_t line = 0; line < all; line += most) {
+      const int64_t high = std::min(most, all - line);
       const bool accumulate = line > 0 || first > bands.parts.begin(part);
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t l = 0; l < high; ++l) {
@@ -97,9 +103,9 @@ class WinogradWeightGradient {
                          {grads + l * tiles_ * k_, grad_plane_, k_, 0, k_});
         }
         for (int64_t j = 0; j < kSide; ++j)
-          add_product(high * tiles_, accumulate, sources + j * source_plane_,
-                      grads + j * grad_plane_, partial_ + part * size_ + (kSide * i + j) * k_ * c_,
-                      ahead);
+          add_product(high * tiles_, filters.begin(own), filters.end(own), accumulate,
+                      sources + j * source_plane_, grads + j * grad_plane_,
+                      partial_ + part * size_ + (kSide * i + j) * k_ * c_, ahead);
       }
     }
   }
@@ -140,14 +146,14 @@ class WinogradWeightGradient {
     return static_cast<const S*>(op_.input) + bands.image(band) * input.height * input.width * c_;
   }
 
-  // sum [K, C] += grads [tiles, K]^T sources [tiles, C]
-  void add_product(int64_t tiles, bool accumulate, const float* sources, const float* grads,
-                   float* sum, Ahead& ahead) const {
+  // sum [K, C] += grads [tiles, K]^T sources [tiles, C] for filters [begin, end)
+  void add_product(int64_t tiles, int64_t begin, int64_t end, bool accumulate, const float* sources,
+                   const float* grads, float* sum, Ahead& ahead) const {
     for (int64_t first = 0; first < c_; first += columns_) {
       const int64_t n = std::min(columns_, c_ - first);
-      ahead.before(k_ * n * tiles);
-      tile_.multiply(k_, n, tiles, k_, columns_, c_, accumulate, grads,
-                     sources + first * at_once_ * tiles_, sum + first);
+      ahead.before((end - begin) * n * tiles);
+      tile_.multiply(end - begin, n, tiles, k_, columns_, c_, accumulate, grads + begin,
+                     sources + first * at_once_ * tiles_, sum + begin * c_ + first);
     }
   }
 };
