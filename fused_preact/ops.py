@@ -54,11 +54,11 @@ _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
 # From where on PyTorch's convolution between pointwise kernels is faster. CPU: values of a weight,
-# where oneDNN's matrix tile is the faster one; measured at batch 16 on AMX, where in bfloat16 a 3x3
-# of 128 channels (2^17) was as fast fused and one of 256 (2^19) was not. In float32, and in
-# bfloat16 with our own tile, none is slower fused, up to 640 channels. CUDA: those times the pixels
-# of the units' input; measured on an H200, where ResNet-164 (at most 2^30.2 at batch 128) is faster
-# fused and PreActResNet-18 (2^32.2) is not.
+# where the kernels multiply by oneDNN's matrix tile; measured at batch 16 on AVX-512, before all
+# parts of the work shared a wide dW: in bfloat16 a 3x3 of 128 channels (2^17) was as fast fused and
+# one of 256 (2^19) was not. In float32, and in bfloat16 by our own tile, none is slower fused, up
+# to 640 channels. CUDA: those times the pixels of the units' input; measured on an H200, where
+# ResNet-164 (at most 2^30.2 at batch 128) is faster fused and PreActResNet-18 (2^32.2) is not.
 _COMPOSED_FROM = {torch.bfloat16: 2**19}
 _COMPOSED_FROM_CUDA = 2**31
 # Values of a kernel, on a CPU: in float32 on AVX-512 a 5x5 is as fast by either, a 7x7 that keeps

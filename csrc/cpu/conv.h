@@ -13,7 +13,7 @@ constexpr int64_t kFewestBands = 32;       // so that every thread gets some, wh
 constexpr int64_t kFewestPixels = 32;      // of a band
 constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
 constexpr int64_t kFewestParts = 8;        // of dW; one where it is split by products
-constexpr int64_t kMostDweights = 32;      // at most
+constexpr int64_t kMostDweights = 32;      // their number, at most
 constexpr int64_t kWideParts = 16;         // of the pixels where all have one dW
 
 // Rows of a tile of results, of a band's: few enough to stay in cache, with pixels enough to read

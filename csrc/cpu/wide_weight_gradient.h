@@ -131,8 +131,7 @@ class WideWeightGradient {
 
   // Some blocks of a column of a tap's dW.
   void multiply(int64_t piece, const std::vector<const O*>& sources, bool accumulate) const {
-    const int64_t column = piece / pieces_, tap = column / across_,
-                  c = column % across_ * kChannels;
+    const int64_t tap = piece / pieces_ / across_, c = piece / pieces_ % across_ * kChannels;
     const int64_t r = tap / op_.shape.kernel_width, s = tap % op_.shape.kernel_width;
     const int64_t pixels = static_cast<int64_t>(sources.size());
     const int64_t columns = std::min(kChannels, c_ - c);

@@ -18,19 +18,20 @@ class WinogradWeightGradient {
 
  public:
   static constexpr int64_t kMostTogether = 16;
-  // Each loads the operands for itself. They go by rows of transformed tiles and by filters.
-  const int64_t pieces;
   // Of a group of bands, [rows, window's width, channels] each.
   struct Operands {
     const float *h[kMostTogether], *dy[kMostTogether];
   };
   const Bands bands;
+  // Of a part, by rows of transformed tiles and, where threads are many, by filters. Each loads the
+  // operands for itself.
+  const int64_t pieces;
 
   WinogradWeightGradient(const Runtime& runtime, const PreactConvWgrad& op)
       : op_(op),
         window_(in_whole_tiles(op.shape)),
-        pieces(share_bands<float>(op.shape) ? 1 : kSide * ceil_div(runtime.threads, kSide)),
         bands(gradient_bands<float>(op.shape)),
+        pieces(share_bands<float>(op.shape) ? 1 : kSide * filter_parts(runtime)),
         partial_(buffer<float>(Buffer::kPartial, bands.parts.parts * size_)) {}
 
   // Values of dy of a band.
@@ -140,6 +141,11 @@ class WinogradWeightGradient {
   struct Line {
     const float *h, *dy;
   };
+
+  int64_t filter_parts(const Runtime& runtime) const {
+    const int64_t wanted = ceil_div(runtime.threads, kSide * bands.parts.parts);
+    return std::min(wanted, op_.shape.output.channels);
+  }
 
   const S* image_at(int64_t band) const {
     const ImageShape& input = op_.shape.input;

@@ -133,7 +133,7 @@ def test_bfloat16_is_composed_where_it_is_multiplied(wide_from_nine_taps, monkey
 
 
 def test_wide_is_fused_by_our_own_tile(wide_from_nine_taps, monkeypatch):
-    """Beside oneDNN's tile PyTorch's convolution is faster, beside ours it is not."""
+    """Only where the kernels multiply by oneDNN's tile does width decide."""
     monkeypatch.setattr(ops, "_multiplies_bfloat16", lambda: True)
     conv = Conv(torch.empty(8, 8, 3, 3))
     input = torch.empty(1, 8, 4, 4, dtype=torch.bfloat16)
