@@ -30,11 +30,6 @@ inline bool rows_join(int64_t window_width, int64_t width, int64_t multiplicatio
   return (window_width - width) * multiplications <= kCallCost;
 }
 
-// Whether products that are summed up are all added, to zeros, instead of the first being stored:
-// from the one kind of call to the other the tile for pairs sets AMX up anew, which takes 2 us.
-template <typename O>
-constexpr bool kAddsToZeros = kPairs<O>;
-
 // A 1x1 convolution that moves no pixel.
 inline bool is_pointwise(const ConvShape& shape) {
   return shape.kernel_height == 1 && shape.kernel_width == 1 && shape.stride_height == 1 &&
@@ -276,28 +271,35 @@ struct Packed {
   // Rows [begin, end) of `stride` 1. For pairs both are even.
   template <typename F>
   void copy_rows(int64_t begin, int64_t end, const F& row_of) const {
-    for (int64_t i = begin; i < end; i += kRows)
+    for (int64_t i = begin; i < end; i += kRows) {
+      const auto* const row = row_of(i);
+      const int64_t pitch = kPairs<O> ? row_of(i + 1) - row : 0;
       for (int64_t block = 0; block < blocks(); ++block) {
-        const int64_t n = columns(block);
-        const auto* const row = row_of(i) + first(block);
+        const auto* const in = row + first(block);
+        O* const out = at(block, i);
         if constexpr (kPairs<O>)
-          pair_rows(row, 2, n, row_of(i + 1) - row_of(i), at(block, i));
+          pair_rows(in, 2, columns(block), pitch, out);
         else
-          for (int64_t j = 0; j < n; ++j) narrow(widen(row[j]), at(block, i)[j]);
+          for (int64_t j = 0; j < columns(block); ++j) narrow(widen(in[j]), out[j]);
       }
+    }
   }
 
   // From the matrix's transpose [n, k], whose rows are `pitch` apart.
   void fill_transposed(const Runtime& runtime, const O* transposed, int64_t pitch) const {
     using Unit = std::conditional_t<kPairs<O>, Pair, O>;  // what moves as one
-    // Whole lines of a block's columns: of many filters, one line each is more than caches keep.
-    constexpr int64_t kRun = 64;
+    // As many columns as a processor foresees reads of, long runs of each, and whole lines written.
+    constexpr int64_t kTogether = 16, kRun = 512;
     const int64_t units = k / kRows, runs = ceil_div(units, kRun);
-    parallel_for(runtime, blocks() * runs, [&](int64_t index) {
-      const int64_t block = index / runs, begin = index % runs * kRun;
-      transpose(reinterpret_cast<const Unit*>(transposed + first(block) * pitch) + begin,
-                columns(block), std::min(kRun, units - begin), pitch / kRows, columns(block),
-                reinterpret_cast<Unit*>(at(block, begin * kRows)));
+    const int64_t groups = ceil_div(std::min(block_columns, n), kTogether);  // of a block
+    parallel_for(runtime, blocks() * groups * runs, [&](int64_t index) {
+      const int64_t block = index / runs / groups, begin = index % runs * kRun;
+      const int64_t column = index / runs % groups * kTogether;
+      const int64_t count = std::min(kTogether, columns(block) - column);
+      if (count <= 0) return;
+      transpose(reinterpret_cast<const Unit*>(transposed + (first(block) + column) * pitch) + begin,
+                count, std::min(kRun, units - begin), pitch / kRows, columns(block),
+                reinterpret_cast<Unit*>(at(block, begin * kRows)) + column);
     });
   }
 

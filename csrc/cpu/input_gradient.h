@@ -141,7 +141,7 @@ class InputGradient {
   std::optional<WinogradConv> winograd_;
   std::vector<Phase> down_, across_;
   std::vector<Packed<O>> weights_;  // of each phase, [taps down, taps across (backwards), K] by C
-  const bool adds_to_zeros_ = kAddsToZeros<O> && op_.shape.kernel_height > stride_h_;
+  const bool adds_to_zeros_ = tile_.all_add && op_.shape.kernel_height > stride_h_;
   bool every_pixel_reached_ = true;
   PartialSums partial_;
 

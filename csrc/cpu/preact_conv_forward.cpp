@@ -53,7 +53,7 @@ class DirectProducts {
                 Ahead& ahead) const {
     const int64_t calls = joined_ ? 1 : rows, m = joined_ ? (rows - 1) * pitch() + q_ : q_;
     const bool adds_to_zeros =
-        (kAddsToZeros<O> && r_ > 1) || !is_read(0, row) || !is_read(0, row + rows - 1);
+        (tile_.all_add && r_ > 1) || !is_read(0, row) || !is_read(0, row + rows - 1);
     if (adds_to_zeros) std::fill_n(out, rows * pitch() * k_, A(0));
     for (int64_t block = 0; block < weight_.blocks(); ++block)
       for (int64_t i = 0; i < calls; ++i)

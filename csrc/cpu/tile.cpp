@@ -87,7 +87,7 @@ template Tile<double> portable_tile();
 Tile<bf16, float> portable_pairs_tile() {
 #ifdef PREACT_VERSIONS
   if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16"))
-    return {v4_bf16::multiply_pairs, v4_bf16::kVectors * v4_bf16::kLanes<Pair>, true};
+    return {v4_bf16::multiply_pairs, v4_bf16::kVectors * v4_bf16::kLanes<Pair>, true, false};
 #endif
   return {};
 }

@@ -146,6 +146,6 @@ PREACT_TARGET void multiply(int64_t m, int64_t n, int64_t k, int64_t lda, int64_
 }
 
 template <typename T>
-constexpr Tile<T> kTile = {multiply<false, T>, kVectors * kLanes<T>, true};
+constexpr Tile<T> kTile = {multiply<false, T>, kVectors * kLanes<T>, true, false};
 template <typename T>
-constexpr Tile<T> kTransposedTile = {multiply<true, T>, kVectors * kLanes<T>, true};
+constexpr Tile<T> kTransposedTile = {multiply<true, T>, kVectors * kLanes<T>, true, false};

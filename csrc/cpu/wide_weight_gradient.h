@@ -4,6 +4,9 @@
 // The bands of a group leave dy, laid out for the tile, and h. Then each piece of the work takes a
 // tap and some channels, lays h out for them, and reads, adds to and writes a column of blocks of
 // dW once for all bands: there is one dW, by whichever thread, and no partial sums.
+//
+// Rows of an image that some tap reads above or below it come first and last in a group, so that
+// each tap's pixels are a range: rows that it finds zeros for are left out of its product.
 #pragma once
 
 #include "conv.h"
@@ -17,9 +20,14 @@ class WideWeightGradient {
   static constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(O));
 
  public:
-  // A band of a group, and where its pixels lie in the group's, with zeros behind them.
+  // Output rows [first, end) of a band, and where the first of their pixels is in the group.
+  struct Rows {
+    int64_t first, end, pixel;
+  };
+  // A band of a group.
   struct Load {
-    int64_t part, band, begin, end;
+    int64_t part, band;
+    std::vector<Rows> rows;
   };
 
   // op's shape is flattened.
@@ -28,8 +36,7 @@ class WideWeightGradient {
         window_(op.shape),
         bands_(gradient_bands<O>(op.shape)),
         step_depth_(kPairs<O> ? runtime.pairs_depth : 1),
-        pixels_(
-            round_up(bands_.parts.parts * round_depth<O>(bands_.rows_per_band * q_), step_depth_)),
+        pixels_(round_up(bands_.parts.parts * bands_.rows_per_band * q_, step_depth_)),
         pieces_(std::clamp(ceil_div(kPiecesPerThread * runtime.threads, taps_ * across_),
                            int64_t{1}, down_)),
         tile_(wgrad_tile(runtime, O{})),
@@ -55,31 +62,31 @@ class WideWeightGradient {
       std::vector<Load> loads;
       for (int64_t part = 0; part < parts.parts; ++part) {
         const int64_t band = parts.begin(part) + group;
-        if (band >= parts.end(part)) continue;
-        const int64_t begin = loads.empty() ? 0 : loads.back().end;
-        loads.push_back({part, band, begin, begin + round_depth<O>(rows(band) * q_)});
+        if (band < parts.end(part)) loads.push_back({part, band, {}});
       }
-      loads.back().end = round_up(loads.back().end, step_depth_);
+      place(loads);
       const std::vector<const O*> sources = sources_of(loads);
+      const std::vector<Range> ranges = ranges_of(loads);
       parallel_for(runtime, static_cast<int64_t>(loads.size()),
                    [&](int64_t i) { load_band(loads[i]); });
       parallel_for(runtime, taps_ * across_ * pieces_,
-                   [&](int64_t piece) { multiply(piece, sources, group > 0); });
+                   [&](int64_t piece) { multiply(piece, sources, ranges, group > 0); });
     }
   }
 
   // Makes a band's operands of its dy [rows, Q, K].
   void load(const Load& l, const O* dy) const {
-    const int64_t count = rows(l.band) * q_;
-    if constexpr (kPairs<O>) {
-      transpose(dy, count, k_, k_, pitch_, dy_ + l.begin);
-      for (int64_t k = 0; k < k_; ++k)
-        std::fill(dy_ + k * pitch_ + l.begin + count, dy_ + k * pitch_ + l.end, O{});
-    } else {
-      for (int64_t down = 0; down < down_; ++down) {
-        O* const out = dy_block(down) + l.begin * pitch_;
-        for (int64_t i = 0; i < count; ++i)
-          std::copy_n(dy + i * k_ + down * kFilters, filters(down), out + i * pitch_);
+    for (const Rows& r : l.rows) {
+      const int64_t count = (r.end - r.first) * q_;
+      const O* const in = dy + (r.first - bands_.first_row(l.band)) * q_ * k_;
+      if constexpr (kPairs<O>) {
+        transpose(in, count, k_, k_, pitch_, dy_ + r.pixel);
+      } else {
+        for (int64_t down = 0; down < down_; ++down) {
+          O* const out = dy_block(down) + r.pixel * pitch_;
+          for (int64_t i = 0; i < count; ++i)
+            std::copy_n(in + i * k_ + down * kFilters, filters(down), out + i * pitch_);
+        }
       }
     }
     const ImageShape& input = op_.shape.input;
@@ -92,6 +99,9 @@ class WideWeightGradient {
 
  private:
   static constexpr int64_t kPiecesPerThread = 2;
+  struct Range {
+    int64_t begin, end;
+  };
 
   const PreactConvWgrad& op_;
   const int64_t c_ = op_.shape.input.channels, k_ = op_.shape.output.channels;
@@ -107,6 +117,7 @@ class WideWeightGradient {
   const Tile<O, A> tile_;
   // Of dy's rows: an odd number of cache lines sets them apart in the cache.
   const int64_t pitch_ = (ceil_div(kPairs<O> ? pixels_ : kFilters, kLine) | 1) * kLine;
+  const int64_t dy_pixel_ = kPairs<O> ? 1 : pitch_;  // from one of dy's pixels to the next
   O* const dy_;       // [K / kFilters][pixels, pitch], or transposed, [K, pitch], for pairs
   O* const windows_;  // [parts][window_size]
 
@@ -114,38 +125,92 @@ class WideWeightGradient {
   int64_t filters(int64_t down) const { return std::min(kFilters, k_ - down * kFilters); }
   O* dy_block(int64_t down) const { return dy_ + down * (kPairs<O> ? kFilters : pixels_) * pitch_; }
 
+  // The first output row whose tap of kernel row r is not above input row y.
+  int64_t row_at(int64_t y, int64_t r) const {
+    const int64_t row = ceil_div(y + op_.shape.pad_top - r, op_.shape.stride_height);
+    return std::clamp<int64_t>(row, 0, op_.shape.output.height);
+  }
+
+  // Sets the rows of the bands of a group.
+  void place(std::vector<Load>& loads) const {
+    const int64_t height = op_.shape.output.height, r = op_.shape.kernel_height - 1;
+    // where all taps are inside, there is no need of an order
+    const int64_t inside = row_at(0, 0), inside_end = row_at(op_.shape.input.height, r);
+    int64_t pixel = 0;
+    for (int64_t first = 0, end; first < height; first = end) {
+      end = first == inside ? std::max(inside_end, first + 1) : first + 1;
+      for (Load& l : loads) {
+        const int64_t row = std::max(first, bands_.first_row(l.band));
+        const int64_t end_row = std::min(end, bands_.end_row(l.band));
+        if (row >= end_row) continue;
+        l.rows.push_back({row, end_row, pixel});
+        pixel += (end_row - row) * q_;
+      }
+    }
+    if constexpr (kPairs<O>)  // zeros make the last product as deep as it should be
+      for (int64_t k = 0; k < k_; ++k)
+        std::fill(dy_ + k * pitch_ + pixel, dy_ + k * pitch_ + round_up(pixel, step_depth_), O{});
+  }
+
   // What the first tap reads for each pixel of a group; where dy is zero, any pixel.
   std::vector<const O*> sources_of(const std::vector<Load>& loads) const {
-    std::vector<const O*> sources;
+    std::vector<const O*> sources(pixels_above(loads, op_.shape.output.height));
     for (const Load& l : loads) {
       const O* const window = windows_ + l.part * window_size_;
-      for (int64_t row = 0; row < rows(l.band); ++row)
-        for (int64_t column = 0; column < q_; ++column)
-          sources.push_back(
+      for (const Rows& r : l.rows)
+        for (int64_t i = 0; i < (r.end - r.first) * q_; ++i) {
+          const int64_t row = r.first - bands_.first_row(l.band) + i / q_, column = i % q_;
+          sources[r.pixel + i] =
               window +
-              (row * window_.step_height * window_.width + column * window_.step_width) * c_);
-      sources.resize(l.end, sources.back());
+              (row * window_.step_height * window_.width + column * window_.step_width) * c_;
+        }
     }
+    sources.resize(round_up(static_cast<int64_t>(sources.size()), step_depth_), sources.back());
     return sources;
   }
 
+  // Pixels of a group in output rows above `row`, before which or behind which all of them lie.
+  int64_t pixels_above(const std::vector<Load>& loads, int64_t row) const {
+    int64_t rows = 0;
+    for (const Load& l : loads) {
+      const int64_t first = bands_.first_row(l.band);
+      rows += std::clamp(row, first, bands_.end_row(l.band)) - first;
+    }
+    return rows * q_;
+  }
+
+  // The pixels of a group that each kernel row finds rows of the image for, and as many others, to
+  // which it adds zeros, as make a product of them.
+  std::vector<Range> ranges_of(const std::vector<Load>& loads) const {
+    std::vector<Range> ranges;
+    for (int64_t r = 0; r < op_.shape.kernel_height; ++r) {
+      const int64_t begin = pixels_above(loads, row_at(0, r)) / step_depth_ * step_depth_;
+      const int64_t end =
+          round_up(pixels_above(loads, row_at(op_.shape.input.height, r)), step_depth_);
+      ranges.push_back(begin < end ? Range{begin, end} : Range{0, step_depth_});
+    }
+    return ranges;
+  }
+
   // Some blocks of a column of a tap's dW.
-  void multiply(int64_t piece, const std::vector<const O*>& sources, bool accumulate) const {
+  void multiply(int64_t piece, const std::vector<const O*>& sources,
+                const std::vector<Range>& ranges, bool accumulate) const {
     const int64_t tap = piece / pieces_ / across_, c = piece / pieces_ % across_ * kChannels;
     const int64_t r = tap / op_.shape.kernel_width, s = tap % op_.shape.kernel_width;
-    const int64_t pixels = static_cast<int64_t>(sources.size());
+    const int64_t begin = ranges[r].begin, pixels = ranges[r].end - begin;
     const int64_t columns = std::min(kChannels, c_ - c);
     const Packed<O> h{buffer<O>(Buffer::kSource, pixels_ * kChannels), pixels, columns,
                       tile_.columns};
     const int64_t shift = (r * window_.width + s) * c_ + c;
-    h.copy_rows(0, pixels, [&](int64_t i) { return sources[i] + shift; });
+    h.copy_rows(0, pixels, [&](int64_t i) { return sources[begin + i] + shift; });
     const int64_t pitch = taps_ * c_;
     const Parts blocks(down_, pieces_);
     for (int64_t down = blocks.begin(piece % pieces_); down < blocks.end(piece % pieces_); ++down) {
       A* const out = static_cast<A*>(op_.dweight) + down * kFilters * pitch + tap * c_ + c;
       for (int64_t block = 0; block < h.blocks(); ++block)
         tile_.multiply(filters(down), h.columns(block), pixels, pitch_, h.columns(block), pitch,
-                       accumulate, dy_block(down), h.at(block, 0), out + h.first(block));
+                       accumulate, dy_block(down) + begin * dy_pixel_, h.at(block, 0),
+                       out + h.first(block));
     }
   }
 };

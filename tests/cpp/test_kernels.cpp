@@ -456,6 +456,7 @@ void test_wide(const std::string& dtype) {
       conv_shape({20, 1, 3, 70}, 210, 3, 1, 1, 1, 1, 1),    // 3x3, in all multiplications
       conv_shape({18, 5, 6, 70}, 210, 3, 2, 1, 1, 1, 1),    // 3x3, stride 2, more bands than parts
       conv_shape({2, 19, 60, 70}, 210, 3, 2, 1, 1, 1, 1),   // bands of different heights
+      conv_shape({3, 6, 5, 70}, 210, 3, 1, 4, 3, 4, 3),     // rows of nothing but padding
       conv_shape({3, 9, 11, 260}, 510, 1, 2, 0, 0, 0, 0),   // 1x1, pixels left out
       conv_shape({2, 10, 13, 65}, 2100, 1, 1, 0, 0, 0, 0),  // 1x1, more bands than parts
       conv_shape({1, 9, 7, 1100}, 130, 1, 1, 0, 0, 0, 0),   // fewer bands than parts
@@ -474,8 +475,9 @@ int main() {
                      Activation::kRelu, true, false, true);
   test_all<double>("float64");
   test_all<bf16>("bfloat16");
-  in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false};
+  in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false, false};
   test_all<bf16>("bfloat16 in pairs");
+  in_order.pairs_tile.all_add = reversed.pairs_tile.all_add = true;
   in_order.pairs_depth = reversed.pairs_depth = 32;
   test_all<bf16>("bfloat16 in pairs, 32 deep");
   if (portable_pairs_tile().multiply) {
@@ -487,8 +489,9 @@ int main() {
   test_wide<float>("float32");
   test_wide<double>("float64");
   test_wide<bf16>("bfloat16");
-  in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false};
+  in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false, false};
   test_wide<bf16>("bfloat16 in pairs");
+  in_order.pairs_tile.all_add = reversed.pairs_tile.all_add = true;
   in_order.pairs_depth = reversed.pairs_depth = 32;
   test_wide<bf16>("bfloat16 in pairs, 32 deep");
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
