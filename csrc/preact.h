@@ -55,7 +55,7 @@ struct Tile {
                    bool accumulate, const Operand* a, const Operand* b, Sum* c);
   int64_t columns;  // of a B that is laid out for it, in blocks [n / columns][k][columns]
   bool copies;      // so does it lay out any other B, each time
-  bool all_add;     // products that are summed up had better all be added, to zeros
+  bool alike;       // products had better all be of one height, and all stored or all added
 };
 
 struct bf16 {

@@ -7,14 +7,15 @@
 
 namespace preact {
 
-constexpr int64_t kTileBytes = 64 * 1024;  // of accumulators that stay in cache for the epilogue
-constexpr int64_t kTilePixels = 64;        // of a tile, at least
-constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
-constexpr int64_t kFewestPixels = 32;      // of a band
-constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
-constexpr int64_t kFewestParts = 8;        // of dW; one where it is split by products
-constexpr int64_t kMostDweights = 32;      // their number, at most
-constexpr int64_t kWideParts = 16;         // of the pixels where all have one dW
+constexpr int64_t kTileBytes = 64 * 1024;   // of accumulators that stay in cache for the epilogue
+constexpr int64_t kTilePixels = 64;         // of a tile, at least
+constexpr int64_t kFewestBands = 32;        // so that every thread gets some, where the work allows
+constexpr int64_t kFewestPixels = 32;       // of a band
+constexpr int64_t kCallCost = 16 * 1024;    // of a tile call, in multiplications
+constexpr int64_t kProductCost = 4 * 1024;  // of one to the same results as the call before
+constexpr int64_t kFewestParts = 8;         // of dW; one where it is split by products
+constexpr int64_t kMostDweights = 32;       // their number, at most
+constexpr int64_t kWideParts = 16;          // of the pixels where all have one dW
 
 // Rows of a tile of results, of a band's: few enough to stay in cache, with pixels enough to read
 // weights for, and the last tile as high as the others if may be.
@@ -28,6 +29,35 @@ inline int64_t rows_of_tile(int64_t row_pixels, int64_t pixel_bytes, int64_t ban
 // that of the next, at the price of columns between them that are computed and thrown away.
 inline bool rows_join(int64_t window_width, int64_t width, int64_t multiplications) {
   return (window_width - width) * multiplications <= kCallCost;
+}
+
+// Taps of a row of the kernel that are multiplied together, as what they read lies side by side,
+// and the results [begin, end) of a row that they are multiplied for.
+struct TapRun {
+  int64_t first, taps, begin, end;
+};
+
+// Those of a row: tap t reads value first + t + step * i of `width` for result i, zeros outside.
+// All taps for all results, or each for those that it reads no zeros for, if that saves more than
+// the products cost that come in addition; a tap takes so many multiplications a result.
+inline std::vector<TapRun> tap_runs(int64_t taps, int64_t results, int64_t first, int64_t step,
+                                    int64_t width, int64_t multiplications) {
+  std::vector<TapRun> runs;
+  int64_t saved = 0;
+  for (int64_t t = 0; t < taps; ++t) {
+    const int64_t begin = std::clamp<int64_t>(ceil_div(-first - t, step), 0, results);
+    const int64_t end = std::clamp(ceil_div(width - first - t, step), begin, results);
+    if (begin < end) runs.push_back({t, 1, begin, end});
+    saved += results - (end - begin);
+  }
+  if (saved * multiplications <= std::max<int64_t>(taps - 1, 0) * kProductCost)
+    return {{0, taps, 0, results}};
+  return runs;
+}
+
+// Whether one product writes all results of a row.
+inline bool is_one_product(const std::vector<TapRun>& runs, int64_t results) {
+  return runs.size() == 1 && runs[0].begin == 0 && runs[0].end == results;
 }
 
 // A 1x1 convolution that moves no pixel.

@@ -140,8 +140,9 @@ class InputGradient {
   int64_t tile_rows_, together_ = 1;
   std::optional<WinogradConv> winograd_;
   std::vector<Phase> down_, across_;
+  std::vector<std::vector<TapRun>> runs_;  // of each phase across
   std::vector<Packed<O>> weights_;  // of each phase, [taps down, taps across (backwards), K] by C
-  const bool adds_to_zeros_ = tile_.all_add && op_.shape.kernel_height > stride_h_;
+  bool adds_to_zeros_ = tile_.alike && op_.shape.kernel_height > stride_h_;
   bool every_pixel_reached_ = true;
   PartialSums partial_;
 
@@ -163,6 +164,8 @@ class InputGradient {
   }
   int64_t last_p(int64_t x) const { return floor_div(x + top_, stride_h_); }
   int64_t first_q() const { return first_q(op_.shape); }
+  // The column that the first tap reads for a phase's first pixel.
+  static int64_t first_read(const Phase& phase) { return phase.first_i - (phase.taps - 1); }
   int64_t source_width() const { return source_width(op_.shape); }
   int64_t most_source_rows() const {
     return bands.rows_per_band / stride_h_ + op_.shape.kernel_height + 1;
@@ -184,6 +187,12 @@ class InputGradient {
       down_.emplace_back(i, shape.kernel_height, stride_h_, top_, height_);
     for (int64_t j = 0; j < stride_w_; ++j)
       across_.emplace_back(j, shape.kernel_width, stride_w_, left_, width_);
+    for (const Phase& phase : across_) {
+      const int64_t multiplications = joined_ || tile_.alike ? 0 : k_ * std::min(c_, tile_.columns);
+      const auto& runs = runs_.emplace_back(
+          tap_runs(phase.taps, phase.pixels, first_read(phase), 1, q_, multiplications));
+      adds_to_zeros_ = adds_to_zeros_ || !is_one_product(runs, phase.pixels);
+    }
     O* packed = buffer<O>(Buffer::kWeight, shape.kernel_height * shape.kernel_width * k_ * c_);
     for (int64_t i = 0; i < stride_h_; ++i)
       for (int64_t j = 0; j < stride_w_; ++j) {
@@ -251,13 +260,15 @@ class InputGradient {
         for (int64_t t = 0; t < down_[phase_h].taps; ++t) {
           const int64_t p = i - t;
           if (!joined_ && (p < 0 || p >= op_.shape.output.height)) continue;  // zeros
-          const int64_t y = p - source_first;
-          const int64_t column = phase.first_i - (phase.taps - 1) - first_q();
-          ahead.multiply<O, A>(
-              tile_, joined_ ? (rows - 1) * pitch_ + width_ : phase.pixels, weight.columns(block),
-              run_length, k_, weight.columns(block), stride_w_ * c_, adds_to_zeros || t > 0,
-              dy + (y * source_width() + column) * k_, weight.at(block, t * run_length),
-              out + phase.first_x * c_ + weight.first(block));
+          const int64_t y = p - source_first, column = first_read(phase) - first_q();
+          for (const TapRun& run : runs_[j])
+            ahead.multiply<O, A>(
+                tile_, joined_ ? (rows - 1) * pitch_ + width_ : run.end - run.begin,
+                weight.columns(block), run.taps * k_, k_, weight.columns(block), stride_w_ * c_,
+                adds_to_zeros || t > 0,
+                dy + (y * source_width() + column + run.begin + run.first) * k_,
+                weight.at(block, t * run_length + run.first * k_),
+                out + (phase.first_x + run.begin * stride_w_) * c_ + weight.first(block));
         }
     }
   }

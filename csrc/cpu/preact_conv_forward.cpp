@@ -11,7 +11,7 @@
 namespace preact {
 namespace {
 
-// One matrix product per kernel row, since S*C values of h lie in a row.
+// One matrix product per kernel row, since S*C values of h lie in a row, or per tap.
 template <typename S, typename O>
 class DirectProducts {
   using A = Accumulator<S>;
@@ -51,19 +51,22 @@ class DirectProducts {
   // out [rows, pitch, K] of output rows from `row` on, of the window h that begins with theirs.
   void multiply(int64_t /*bands*/, int64_t row, int64_t rows, const O* const* h, A* out,
                 Ahead& ahead) const {
-    const int64_t calls = joined_ ? 1 : rows, m = joined_ ? (rows - 1) * pitch() + q_ : q_;
+    const int64_t calls = joined_ ? 1 : rows, joined_pixels = (rows - 1) * pitch() + q_;
     const bool adds_to_zeros =
-        (tile_.all_add && r_ > 1) || !is_read(0, row) || !is_read(0, row + rows - 1);
+        (tile_.alike && r_ > 1) || !one_product_ || !is_read(0, row) || !is_read(0, row + rows - 1);
     if (adds_to_zeros) std::fill_n(out, rows * pitch() * k_, A(0));
     for (int64_t block = 0; block < weight_.blocks(); ++block)
       for (int64_t i = 0; i < calls; ++i)
         for (int64_t tap = 0; tap < r_; ++tap) {
           if (!is_read(tap, row + i)) continue;
           const int64_t source = (i * window.step_height + tap) * window.width;
-          ahead.multiply<O, A>(
-              tile_, m, weight_.columns(block), run_length_, window.step_width * c_,
-              weight_.columns(block), k_, adds_to_zeros || tap > 0, *h + source * c_,
-              weight_.at(block, tap * run_length_), out + i * q_ * k_ + weight_.first(block));
+          for (const TapRun& run : runs_)
+            ahead.multiply<O, A>(tile_, joined_ ? joined_pixels : run.end - run.begin,
+                                 weight_.columns(block), run.taps * c_, window.step_width * c_,
+                                 weight_.columns(block), k_, adds_to_zeros || tap > 0,
+                                 *h + (source + run.begin * window.step_width + run.first) * c_,
+                                 weight_.at(block, tap * run_length_ + run.first * c_),
+                                 out + (i * q_ + run.begin) * k_ + weight_.first(block));
         }
   }
 
@@ -81,6 +84,10 @@ class DirectProducts {
                        rows_join(window.width, q_, run_length_* k_);
   const Tile<O, A> tile_;
   const Packed<O> weight_;
+  const std::vector<TapRun> runs_ =
+      tap_runs(shape.kernel_width, q_, -shape.pad_left, shape.stride_width, shape.input.width,
+               joined_ || tile_.alike ? 0 : c_ * std::min(k_, tile_.columns));
+  const bool one_product_ = is_one_product(runs_, q_);  // for each row of the kernel
 };
 
 // The same of 3x3 convolutions in fewer multiplications.

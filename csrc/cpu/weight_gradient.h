@@ -106,7 +106,7 @@ class WeightGradient {
       for (int64_t row = 0; row < product_rows_; row += kProductRows) {
         const int64_t m = std::min(kProductRows, product_rows_ - row);
         A* const out = dweight + (tap * product_rows_ + row) * product_columns_;
-        if (tile_.all_add && begins) std::fill_n(out, m * product_columns_, A(0));
+        if (tile_.alike && begins) std::fill_n(out, m * product_columns_, A(0));
         for (int64_t column = 0; column < product_columns_; column += block_columns_) {
           const int64_t n = std::min(block_columns_, product_columns_ - column);
           const int64_t ldb = in_blocks_ ? n : product_columns_;
@@ -119,7 +119,7 @@ class WeightGradient {
             for (int64_t call = 0; call < calls; ++call) {
               ahead.before(m * n * k);
               tile_.multiply(m, n, k, ld_, ldb, product_columns_,
-                             tile_.all_add || !begins || i > 0 || call > 0, a + call * left_row_,
+                             tile_.alike || !begins || i > 0 || call > 0, a + call * left_row_,
                              b + call * pitch_ * ldb, out + column);
             }
           }

@@ -44,7 +44,7 @@ void brgemm_pairs(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int
 }
 
 constexpr Tile<float> kBrgemmTile = {brgemm, 64, false, false};
-// From a product that is stored to one that is added it sets AMX up anew, which takes 2 us.
+// From one kind of product to another it sets AMX up anew, which takes 2 us.
 constexpr Tile<bf16, float> kBrgemmPairsTile = {brgemm_pairs, 64, false, true};
 
 // torch refuses, by an exception, on processors without it and where mkldnn is switched off.

@@ -477,7 +477,7 @@ int main() {
   test_all<bf16>("bfloat16");
   in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false, false};
   test_all<bf16>("bfloat16 in pairs");
-  in_order.pairs_tile.all_add = reversed.pairs_tile.all_add = true;
+  in_order.pairs_tile.alike = reversed.pairs_tile.alike = true;
   in_order.pairs_depth = reversed.pairs_depth = 32;
   test_all<bf16>("bfloat16 in pairs, 32 deep");
   if (portable_pairs_tile().multiply) {
@@ -491,7 +491,7 @@ int main() {
   test_wide<bf16>("bfloat16");
   in_order.pairs_tile = reversed.pairs_tile = {pairs_tile, 64, false, false};
   test_wide<bf16>("bfloat16 in pairs");
-  in_order.pairs_tile.all_add = reversed.pairs_tile.all_add = true;
+  in_order.pairs_tile.alike = reversed.pairs_tile.alike = true;
   in_order.pairs_depth = reversed.pairs_depth = 32;
   test_wide<bf16>("bfloat16 in pairs, 32 deep");
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
