@@ -7,15 +7,14 @@
 
 namespace preact {
 
-constexpr int64_t kTileBytes = 64 * 1024;   // of accumulators that stay in cache for the epilogue
-constexpr int64_t kTilePixels = 64;         // of a tile, at least
-constexpr int64_t kFewestBands = 32;        // so that every thread gets some, where the work allows
-constexpr int64_t kFewestPixels = 32;       // of a band
-constexpr int64_t kCallCost = 16 * 1024;    // of a tile call, in multiplications
-constexpr int64_t kProductCost = 4 * 1024;  // of one to the same results as the call before
-constexpr int64_t kFewestParts = 8;         // of dW; one where it is split by products
-constexpr int64_t kMostDweights = 32;       // their number, at most
-constexpr int64_t kWideParts = 16;          // of the pixels where all have one dW
+constexpr int64_t kTileBytes = 64 * 1024;  // of accumulators that stay in cache for the epilogue
+constexpr int64_t kTilePixels = 64;        // of a tile, at least
+constexpr int64_t kFewestBands = 32;       // so that every thread gets some, where the work allows
+constexpr int64_t kFewestPixels = 32;      // of a band
+constexpr int64_t kCallCost = 16 * 1024;   // of a tile call, in multiplications
+constexpr int64_t kFewestParts = 8;        // of dW; one where it is split by products
+constexpr int64_t kMostDweights = 32;      // their number, at most
+constexpr int64_t kWideParts = 16;         // of the pixels where all have one dW
 
 // Rows of a tile of results, of a band's: few enough to stay in cache, with pixels enough to read
 // weights for, and the last tile as high as the others if may be.
@@ -25,10 +24,18 @@ inline int64_t rows_of_tile(int64_t row_pixels, int64_t pixel_bytes, int64_t ban
   return ceil_div(band, ceil_div(band, most));
 }
 
+// What a tile call for so many columns costs, in multiplications: of our own less, unless it copies
+// a right operand that has not as many columns as it likes.
+template <typename O, typename A>
+int64_t call_cost(const Tile<O, A>& tile, int64_t columns) {
+  const bool as_it_likes = columns % tile.columns == 0 || tile.columns % columns == 0;
+  return tile.copies && as_it_likes ? kCallCost / 4 : kCallCost;
+}
+
 // Whether all rows of a band are one matrix product: with stride 1 the window of one row runs into
 // that of the next, at the price of columns between them that are computed and thrown away.
-inline bool rows_join(int64_t window_width, int64_t width, int64_t multiplications) {
-  return (window_width - width) * multiplications <= kCallCost;
+inline bool rows_join(int64_t window_width, int64_t width, int64_t multiplications, int64_t call) {
+  return (window_width - width) * multiplications <= call;
 }
 
 // Taps of a row of the kernel that are multiplied together, as what they read lies side by side,
@@ -39,9 +46,9 @@ struct TapRun {
 
 // Those of a row: tap t reads value first + t + step * i of `width` for result i, zeros outside.
 // All taps for all results, or each for those that it reads no zeros for, if that saves more than
-// the products cost that come in addition; a tap takes so many multiplications a result.
+// the calls cost that come in addition; a tap takes so many multiplications a result.
 inline std::vector<TapRun> tap_runs(int64_t taps, int64_t results, int64_t first, int64_t step,
-                                    int64_t width, int64_t multiplications) {
+                                    int64_t width, int64_t multiplications, int64_t call) {
   std::vector<TapRun> runs;
   int64_t saved = 0;
   for (int64_t t = 0; t < taps; ++t) {
@@ -50,7 +57,7 @@ inline std::vector<TapRun> tap_runs(int64_t taps, int64_t results, int64_t first
     if (begin < end) runs.push_back({t, 1, begin, end});
     saved += results - (end - begin);
   }
-  if (saved * multiplications <= std::max<int64_t>(taps - 1, 0) * kProductCost)
+  if (saved * multiplications <= std::max<int64_t>(taps - 1, 0) * call)
     return {{0, taps, 0, results}};
   return runs;
 }

@@ -41,7 +41,8 @@ class InputGradient {
         tile_(tile_of(runtime, O{})),
         joined_(step_ == 1 && op.shape.stride_height == 1 && op.shape.stride_width == 1 &&
                 rows_join(source_width(), width_,
-                          op.shape.kernel_width * op.shape.output.channels * c_)),
+                          op.shape.kernel_width * op.shape.output.channels * c_,
+                          call_cost(tile_, c_))),
         pitch_(joined_ ? source_width() : round_up(width_, step_)),
         partial_(op.sums ? bands.parts.parts : 0, c_) {
     if constexpr (std::is_same_v<O, float>)
@@ -189,8 +190,8 @@ class InputGradient {
       across_.emplace_back(j, shape.kernel_width, stride_w_, left_, width_);
     for (const Phase& phase : across_) {
       const int64_t multiplications = joined_ || tile_.alike ? 0 : k_ * std::min(c_, tile_.columns);
-      const auto& runs = runs_.emplace_back(
-          tap_runs(phase.taps, phase.pixels, first_read(phase), 1, q_, multiplications));
+      const auto& runs = runs_.emplace_back(tap_runs(phase.taps, phase.pixels, first_read(phase), 1,
+                                                     q_, multiplications, call_cost(tile_, c_)));
       adds_to_zeros_ = adds_to_zeros_ || !is_one_product(runs, phase.pixels);
     }
     O* packed = buffer<O>(Buffer::kWeight, shape.kernel_height * shape.kernel_width * k_ * c_);

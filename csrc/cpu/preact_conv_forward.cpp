@@ -80,13 +80,14 @@ class DirectProducts {
 
   const int64_t c_ = shape.input.channels, k_ = shape.output.channels, q_ = shape.output.width;
   const int64_t r_ = shape.kernel_height, run_length_ = shape.kernel_width * c_;
-  const bool joined_ = window.step_height == 1 && window.step_width == 1 &&
-                       rows_join(window.width, q_, run_length_* k_);
   const Tile<O, A> tile_;
+  const int64_t call_ = call_cost(tile_, k_);
+  const bool joined_ = window.step_height == 1 && window.step_width == 1 &&
+                       rows_join(window.width, q_, run_length_* k_, call_);
   const Packed<O> weight_;
   const std::vector<TapRun> runs_ =
       tap_runs(shape.kernel_width, q_, -shape.pad_left, shape.stride_width, shape.input.width,
-               joined_ || tile_.alike ? 0 : c_ * std::min(k_, tile_.columns));
+               joined_ || tile_.alike ? 0 : c_ * std::min(k_, tile_.columns), call_);
   const bool one_product_ = is_one_product(runs_, q_);  // for each row of the kernel
 };
 
