@@ -38,13 +38,24 @@ inline bool rows_join(int64_t window_width, int64_t width, int64_t multiplicatio
   return (window_width - width) * multiplications <= call;
 }
 
+struct Span {
+  int64_t begin, end;
+};
+
+// Which of so many results read a value that there is: result i reads value first + step * i of
+// `width`, zeros outside. The same of columns and of rows.
+inline Span reads_inside(int64_t first, int64_t step, int64_t width, int64_t results) {
+  const int64_t begin = std::clamp<int64_t>(ceil_div(-first, step), 0, results);
+  return {begin, std::clamp(ceil_div(width - first, step), begin, results)};
+}
+
 // Taps of a row of the kernel that are multiplied together, as what they read lies side by side,
 // and the results [begin, end) of a row that they are multiplied for.
 struct TapRun {
   int64_t first, taps, begin, end;
 };
 
-// Those of a row: tap t reads value first + t + step * i of `width` for result i, zeros outside.
+// Those of a row: tap t reads value first + t + step * i for result i, as in reads_inside.
 // All taps for all results, or each for those that it reads no zeros for, if that saves more than
 // the calls cost that come in addition; a tap takes so many multiplications a result.
 inline std::vector<TapRun> tap_runs(int64_t taps, int64_t results, int64_t first, int64_t step,
@@ -52,8 +63,7 @@ inline std::vector<TapRun> tap_runs(int64_t taps, int64_t results, int64_t first
   std::vector<TapRun> runs;
   int64_t saved = 0;
   for (int64_t t = 0; t < taps; ++t) {
-    const int64_t begin = std::clamp<int64_t>(ceil_div(-first - t, step), 0, results);
-    const int64_t end = std::clamp(ceil_div(width - first - t, step), begin, results);
+    const auto [begin, end] = reads_inside(first + t, step, width, results);
     if (begin < end) runs.push_back({t, 1, begin, end});
     saved += results - (end - begin);
   }
@@ -227,9 +237,7 @@ struct Window {
       return;
     }
     // columns of the window that lie inside the image
-    const int64_t begin = std::min(width, ceil_div(shape.pad_left, gather_width));
-    const int64_t end =
-        std::clamp<int64_t>(ceil_div(columns + shape.pad_left, gather_width), begin, width);
+    const auto [begin, end] = reads_inside(-shape.pad_left, gather_width, columns, width);
     for (int64_t i = 0; i < count; ++i, h += width * channels) {
       const int64_t y = top + i * gather_height;
       if (y < 0 || y >= height || begin == end) {

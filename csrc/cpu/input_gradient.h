@@ -80,8 +80,7 @@ class InputGradient {
     const int64_t rows = round_up(bands.end_row(band) - first_row, step_);
     const int64_t first = first_p(first_row), last = last_p(first_row + rows - 1);
     const int64_t width = source_width();
-    const int64_t begin_q = std::clamp<int64_t>(-first_q(), 0, width);
-    const int64_t end_q = std::clamp<int64_t>(q - first_q(), begin_q, width);
+    const auto [begin_q, end_q] = reads_inside(first_q(), 1, q, width);
     if (begin_q == 0 && end_q == width && width == q && first >= 0 && last < p) {
       return grad.rows((image * p + first) * q, (last - first + 1) * q, loaded);
     }

@@ -64,13 +64,14 @@ class WideWeightGradient {
         const int64_t band = parts.begin(part) + group;
         if (band < parts.end(part)) loads.push_back({part, band, {}});
       }
-      place(loads);
-      const std::vector<const O*> sources = sources_of(loads);
-      const std::vector<Range> ranges = ranges_of(loads);
+      const int64_t pixels = place(loads);
+      const std::vector<const O*> sources = sources_of(loads, pixels);
+      const std::vector<Span> spans = spans_of(loads);
+      if constexpr (kPairs<O>) zero_grad(pixels, static_cast<int64_t>(sources.size()));
       parallel_for(runtime, static_cast<int64_t>(loads.size()),
                    [&](int64_t i) { load_band(loads[i]); });
       parallel_for(runtime, taps_ * across_ * pieces_,
-                   [&](int64_t piece) { multiply(piece, sources, ranges, group > 0); });
+                   [&](int64_t piece) { multiply(piece, sources, spans, group > 0); });
     }
   }
 
@@ -99,9 +100,6 @@ class WideWeightGradient {
 
  private:
   static constexpr int64_t kPiecesPerThread = 2;
-  struct Range {
-    int64_t begin, end;
-  };
 
   const PreactConvWgrad& op_;
   const int64_t c_ = op_.shape.input.channels, k_ = op_.shape.output.channels;
@@ -125,20 +123,20 @@ class WideWeightGradient {
   int64_t filters(int64_t down) const { return std::min(kFilters, k_ - down * kFilters); }
   O* dy_block(int64_t down) const { return dy_ + down * (kPairs<O> ? kFilters : pixels_) * pitch_; }
 
-  // The first output row whose tap of kernel row r is not above input row y.
-  int64_t row_at(int64_t y, int64_t r) const {
-    const int64_t row = ceil_div(y + op_.shape.pad_top - r, op_.shape.stride_height);
-    return std::clamp<int64_t>(row, 0, op_.shape.output.height);
+  // The output rows that kernel row r finds rows of the image for.
+  Span output_rows(int64_t r) const {
+    const ConvShape& shape = op_.shape;
+    return reads_inside(r - shape.pad_top, shape.stride_height, shape.input.height,
+                        shape.output.height);
   }
 
-  // Sets the rows of the bands of a group.
-  void place(std::vector<Load>& loads) const {
-    const int64_t height = op_.shape.output.height, r = op_.shape.kernel_height - 1;
-    // where all taps are inside, there is no need of an order
-    const int64_t inside = row_at(0, 0), inside_end = row_at(op_.shape.input.height, r);
+  // Sets the rows of the bands of a group; how many pixels they have.
+  int64_t place(std::vector<Load>& loads) const {
+    // where all kernel rows find rows of the image, there is no need of an order
+    const Span inside{output_rows(0).begin, output_rows(op_.shape.kernel_height - 1).end};
     int64_t pixel = 0;
-    for (int64_t first = 0, end; first < height; first = end) {
-      end = first == inside ? std::max(inside_end, first + 1) : first + 1;
+    for (int64_t first = 0, end; first < op_.shape.output.height; first = end) {
+      end = first == inside.begin ? std::max(inside.end, first + 1) : first + 1;
       for (Load& l : loads) {
         const int64_t row = std::max(first, bands_.first_row(l.band));
         const int64_t end_row = std::min(end, bands_.end_row(l.band));
@@ -147,14 +145,18 @@ class WideWeightGradient {
         pixel += (end_row - row) * q_;
       }
     }
-    if constexpr (kPairs<O>)  // zeros make the last product as deep as it should be
-      for (int64_t k = 0; k < k_; ++k)
-        std::fill(dy_ + k * pitch_ + pixel, dy_ + k * pitch_ + round_up(pixel, step_depth_), O{});
+    return pixel;
+  }
+
+  // Zeros behind the pixels of dy^T, which make a product as deep as it should be.
+  void zero_grad(int64_t begin, int64_t end) const {
+    for (int64_t k = 0; k < k_; ++k)
+      std::fill(dy_ + k * pitch_ + begin, dy_ + k * pitch_ + end, O{});
   }
 
   // What the first tap reads for each pixel of a group; where dy is zero, any pixel.
-  std::vector<const O*> sources_of(const std::vector<Load>& loads) const {
-    std::vector<const O*> sources(pixels_above(loads, op_.shape.output.height));
+  std::vector<const O*> sources_of(const std::vector<Load>& loads, int64_t pixels) const {
+    std::vector<const O*> sources(pixels);
     for (const Load& l : loads) {
       const O* const window = windows_ + l.part * window_size_;
       for (const Rows& r : l.rows)
@@ -165,7 +167,7 @@ class WideWeightGradient {
               (row * window_.step_height * window_.width + column * window_.step_width) * c_;
         }
     }
-    sources.resize(round_up(static_cast<int64_t>(sources.size()), step_depth_), sources.back());
+    sources.resize(round_up(pixels, step_depth_), sources.back());
     return sources;
   }
 
@@ -181,23 +183,23 @@ class WideWeightGradient {
 
   // The pixels of a group that each kernel row finds rows of the image for, and as many others, to
   // which it adds zeros, as make a product of them.
-  std::vector<Range> ranges_of(const std::vector<Load>& loads) const {
-    std::vector<Range> ranges;
+  std::vector<Span> spans_of(const std::vector<Load>& loads) const {
+    std::vector<Span> spans;
     for (int64_t r = 0; r < op_.shape.kernel_height; ++r) {
-      const int64_t begin = pixels_above(loads, row_at(0, r)) / step_depth_ * step_depth_;
-      const int64_t end =
-          round_up(pixels_above(loads, row_at(op_.shape.input.height, r)), step_depth_);
-      ranges.push_back(begin < end ? Range{begin, end} : Range{0, step_depth_});
+      const Span rows = output_rows(r);
+      const int64_t begin = pixels_above(loads, rows.begin) / step_depth_ * step_depth_;
+      const int64_t end = round_up(pixels_above(loads, rows.end), step_depth_);
+      spans.push_back(begin < end ? Span{begin, end} : Span{0, step_depth_});
     }
-    return ranges;
+    return spans;
   }
 
   // Some blocks of a column of a tap's dW.
-  void multiply(int64_t piece, const std::vector<const O*>& sources,
-                const std::vector<Range>& ranges, bool accumulate) const {
+  void multiply(int64_t piece, const std::vector<const O*>& sources, const std::vector<Span>& spans,
+                bool accumulate) const {
     const int64_t tap = piece / pieces_ / across_, c = piece / pieces_ % across_ * kChannels;
     const int64_t r = tap / op_.shape.kernel_width, s = tap % op_.shape.kernel_width;
-    const int64_t begin = ranges[r].begin, pixels = ranges[r].end - begin;
+    const int64_t begin = spans[r].begin, pixels = spans[r].end - begin;
     const int64_t columns = std::min(kChannels, c_ - c);
     const Packed<O> h{buffer<O>(Buffer::kSource, pixels_ * kChannels), pixels, columns,
                       tile_.columns};
