@@ -42,8 +42,8 @@ struct Fiber {
   bool begun = false;
   Index index;
   bool done = false;
-  std::vector<Copy> copies;                     // begun, not yet there, of no group yet
-  std::deque<std::vector<Copy>> groups;         // likewise, the oldest first
+  std::vector<Copy> copies;                     // begun, not yet there, the oldest first
+  std::vector<size_t> groups;                   // where in copies each ends; the last are of none
   std::vector<Write> writes;                    // that products do not see yet
   std::vector<std::function<void()>> products;  // of no group yet
   std::deque<std::vector<std::function<void()>>> committed;  // not done, the oldest group first
@@ -232,16 +232,19 @@ __attribute__((noinline)) bool count(Access access, const void* p, int bytes) {
 
 void copy_later(void* to, const void* from) { fibers[self]->copies.push_back({to, from}); }
 
-void end_group() {
-  fibers[self]->groups.push_back(std::move(fibers[self]->copies));
-  fibers[self]->copies.clear();
-}
+void end_group() { fibers[self]->groups.push_back(fibers[self]->copies.size()); }
 
 void finish_copies(int newest) {
   if (recording) count_recorded(kWaits + newest);
+  auto& copies = fibers[self]->copies;
   auto& groups = fibers[self]->groups;
-  for (; std::ssize(groups) > newest; groups.pop_front())
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+  const int64_t done = std::ssize(groups) - newest;
+  if (done <= 0) return;
+  const size_t end = groups[done - 1];
+  for (size_t i = 0; i < end; ++i) std::memcpy(copies[i].to, copies[i].from, 16);
+  copies.erase(copies.begin(), copies.begin() + end);
+  groups.erase(groups.begin(), groups.begin() + done);
+  for (size_t& group : groups) group -= end;
 }
 
 void write_later(void* to, const void* bytes16) {
