@@ -211,29 +211,32 @@ struct Window {
     return (output_rows - 1) * step_height + shape.kernel_height;
   }
 
-  // Lets ahead want u of output rows [first, first + output_rows) of an image [H, W, C].
+  // Lets ahead want u of output rows [first, first + output_rows) of an image; input [N, H, W, C].
   template <typename S>
-  void want(const ConvShape& shape, const S* image, int64_t first, int64_t output_rows,
-            Ahead& ahead) const {
+  void want(const ConvShape& shape, const S* input, int64_t image, int64_t first,
+            int64_t output_rows, Ahead& ahead) const {
     const int64_t row = shape.input.width * shape.input.channels;
+    const int64_t image_row = image * shape.input.height;
     const int64_t top = first * step_height * gather_height - shape.pad_top;
     const int64_t end = top + rows(shape, output_rows) * gather_height;
     const int64_t begin = std::max<int64_t>(top, 0);
-    ahead.want<S>(image, begin * row, (std::min(end, shape.input.height) - begin) * row);
+    ahead.want<S>(input, (image_row + begin) * row,
+                  (std::min(end, shape.input.height) - begin) * row);
   }
 
-  // Fills h for output rows [first, first + output_rows) of an image [H, W, C].
+  // Fills h for output rows [first, first + output_rows) of an image; input [N, H, W, C].
   template <typename S, typename A, typename O>
-  void fill(const ConvShape& shape, const S* image, int64_t first, int64_t output_rows,
-            const A* affine, Activation activation, O* h) const {
+  void fill(const ConvShape& shape, const S* input, int64_t image, int64_t first,
+            int64_t output_rows, const A* affine, Activation activation, O* h) const {
     const int64_t height = shape.input.height, channels = shape.input.channels;
+    const int64_t image_row = image * height;
     const int64_t columns = shape.input.width, count = rows(shape, output_rows);
     const int64_t top = first * step_height * gather_height - shape.pad_top;
     const bool dense = gather_height == 1 && gather_width == 1 && shape.pad_left == 0 &&
                        width == columns && top >= 0 && top + count <= height;
     if (dense) {
-      activate_rows(image + top * columns * channels, count * columns, channels, affine, activation,
-                    h);
+      activate_rows(input + (image_row + top) * columns * channels, count * columns, channels,
+                    affine, activation, h);
       return;
     }
     // columns of the window that lie inside the image
@@ -246,7 +249,8 @@ struct Window {
       }
       std::fill_n(h, begin * channels, O{});
       std::fill_n(h + end * channels, (width - end) * channels, O{});
-      const S* const u = image + (y * columns + begin * gather_width - shape.pad_left) * channels;
+      const int64_t pixel = (image_row + y) * columns + begin * gather_width - shape.pad_left;
+      const S* const u = input + pixel * channels;
       if (gather_width == 1) {
         activate_rows(u, end - begin, channels, affine, activation, h + begin * channels);
       } else {

@@ -141,6 +141,7 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
   const Window& window = products.window;
   const int64_t c = shape.input.channels, k = shape.output.channels;
   const int64_t q = shape.output.width, p = shape.output.height;
+  const S* const input = static_cast<const S*>(op.input);
   const A* const affine = static_cast<const A*>(op.affine);
   const Bands bands = products.bands();
   const int64_t pitch = products.pitch(), tile_rows = products.tile_rows(bands);
@@ -154,17 +155,14 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
     A* const out = buffer<A>(Buffer::kTile, together * tile_rows * pitch * k);
     std::vector<const O*> sources(together);
     Ahead ahead(runtime.asks_ahead);
-    const auto image_at = [&](int64_t band) {
-      return static_cast<const S*>(op.input) +
-             bands.image(band) * shape.input.height * shape.input.width * c;
-    };
     const int64_t end_band = bands.parts.end(part);
     for (int64_t band = bands.parts.begin(part), count; band < end_band; band += count) {
       count = std::min(together, end_band - band);
       const int64_t first = bands.first_row(band), end = bands.end_row(band);
       for (int64_t i = 0; i < count; ++i)
-        window.fill(shape, image_at(band + i), first, round_up(end - first, Products::kStep),
-                    affine, op.activation, h + i * window_values);
+        window.fill(shape, input, bands.image(band + i), first,
+                    round_up(end - first, Products::kStep), affine, op.activation,
+                    h + i * window_values);
       for (int64_t row = first; row < end; row += tile_rows) {
         const int64_t rows = std::min(tile_rows, end - row), values = rows * q * k;
         const int64_t whole_rows = round_up(rows, Products::kStep);
@@ -173,7 +171,7 @@ void run(const Runtime& runtime, const PreactConvForward& op) {
         ahead.want<S>(op.output, first_value, count * values);
         ahead.want<S>(op.residual, first_value, count * values);
         if (const int64_t next = band + count; row + rows == end && next < end_band)
-          window.want(shape, image_at(next), bands.first_row(next),
+          window.want(shape, input, bands.image(next), bands.first_row(next),
                       bands.end_row(next) - bands.first_row(next), ahead);
         for (int64_t i = 0; i < count; ++i)
           sources[i] = h + i * window_values + (row - first) * window.step_height * row_values;

@@ -70,8 +70,8 @@ class WeightGradient {
     const int64_t window = most_window_ * window_.width * c_;
     O* const h = kPairs<O> ? buffer<O>(Buffer::kSource, window)
                            : buffer<O>(Buffer::kSource, together * window) + i * window;
-    window_.fill(op_.shape, image_at(band), first, rows, static_cast<const A*>(op_.affine),
-                 op_.activation, h);
+    window_.fill(op_.shape, static_cast<const S*>(op_.input), bands.image(band), first, rows,
+                 static_cast<const A*>(op_.affine), op_.activation, h);
     const O *const left = h_is_left_ ? h : dy, *const right = h_is_left_ ? dy : h;
     operands.left[i] = left;
     operands.right[i] = right;
@@ -93,7 +93,8 @@ class WeightGradient {
     const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
     const int64_t row = bands.image(band) * op_.shape.output.height + first;
     grad.want(row * q_, rows * q_, ahead);
-    window_.want(op_.shape, image_at(band), first, rows, ahead);
+    window_.want(op_.shape, static_cast<const S*>(op_.input), bands.image(band), first, rows,
+                 ahead);
   }
 
   // Adds to a part's dW `count` bands from `first` on, of `together`, the operands that load()
@@ -191,11 +192,6 @@ class WeightGradient {
       return across % step_ * plane_size_ + row * ld_ + down * plane_width_ + across / step_;
     else
       return (down * window_.width + across) * product_rows_ + row;
-  }
-
-  const S* image_at(int64_t band) const {
-    const ImageShape& input = op_.shape.input;
-    return static_cast<const S*>(op_.input) + bands.image(band) * input.height * input.width * c_;
   }
 
   // Of so many rows of dy, without the zeros behind the last.

@@ -90,12 +90,9 @@ class WideWeightGradient {
         }
       }
     }
-    const ImageShape& input = op_.shape.input;
-    window_.fill(
-        op_.shape,
-        static_cast<const S*>(op_.input) + bands_.image(l.band) * input.height * input.width * c_,
-        bands_.first_row(l.band), rows(l.band), static_cast<const A*>(op_.affine), op_.activation,
-        windows_ + l.part * window_size_);
+    window_.fill(op_.shape, static_cast<const S*>(op_.input), bands_.image(l.band),
+                 bands_.first_row(l.band), rows(l.band), static_cast<const A*>(op_.affine),
+                 op_.activation, windows_ + l.part * window_size_);
   }
 
  private:

@@ -60,8 +60,9 @@ class WinogradWeightGradient {
     const int64_t first = bands.first_row(band);
     const int64_t values = window_.rows(op_.shape, bands.rows_per_band) * window_.width * c_;
     float* const h = buffer<float>(Buffer::kSource, together * values) + i * values;
-    window_.fill(op_.shape, image_at(band), first, round_up(bands.end_row(band) - first, 2),
-                 static_cast<const float*>(op_.affine), op_.activation, h);
+    window_.fill(op_.shape, static_cast<const S*>(op_.input), bands.image(band), first,
+                 round_up(bands.end_row(band) - first, 2), static_cast<const float*>(op_.affine),
+                 op_.activation, h);
     operands.h[i] = h;
     operands.dy[i] = dy;
   }
@@ -71,7 +72,8 @@ class WinogradWeightGradient {
     const int64_t first = bands.first_row(band), rows = bands.end_row(band) - first;
     const int64_t row = bands.image(band) * op_.shape.output.height + first;
     grad.want(row * op_.shape.output.width, rows * op_.shape.output.width, ahead);
-    window_.want(op_.shape, image_at(band), first, rows, ahead);
+    window_.want(op_.shape, static_cast<const S*>(op_.input), bands.image(band), first, rows,
+                 ahead);
   }
 
   // Adds to a piece of a part's products those of `count` bands from `first` on.
@@ -145,11 +147,6 @@ class WinogradWeightGradient {
   int64_t filter_parts(const Runtime& runtime) const {
     const int64_t wanted = ceil_div(runtime.threads, kSide * bands.parts.parts);
     return std::min(wanted, op_.shape.output.channels);
-  }
-
-  const S* image_at(int64_t band) const {
-    const ImageShape& input = op_.shape.input;
-    return static_cast<const S*>(op_.input) + bands.image(band) * input.height * input.width * c_;
   }
 
   // sum [K, C] += grads [tiles, K]^T sources [tiles, C] for filters [begin, end)
