@@ -6,28 +6,16 @@
 namespace preact {
 namespace {
 
-// What moves as one.
-template <typename T>
-struct Element {
-  using type = T;
-};
-template <>
-struct Element<bf16> {
-  using type = uint16_t;
-};
-template <>
-struct Element<Pair> {
-  using type = uint32_t;
-};
-
+// A row of a square; values move as numbers of their size.
 template <typename T, int kSize>
-struct VectorOf {
-  using Value = typename Element<T>::type;
+struct RowOf {
+  using Value = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                   std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   typedef Value type
       __attribute__((vector_size(kSize * sizeof(T)), aligned(alignof(T)), may_alias));
 };
 
-// Two vectors element by element: the first halves, the second.
+// Two rows value by value: their first halves, their second.
 template <typename Vector, int... kIndex>
 PREACT_INLINE void interleave(const Vector& a, const Vector& b, Vector& low, Vector& high,
                               std::integer_sequence<int, kIndex...>) {
@@ -39,7 +27,7 @@ PREACT_INLINE void interleave(const Vector& a, const Vector& b, Vector& low, Vec
 // Interleaving row i with row i + size/2, log2(size) times over, is a transposition.
 template <int kSize, typename T>
 PREACT_INLINE void transpose_square(const T* in, int64_t ld_in, int64_t ld_out, T* out) {
-  using Vector = typename VectorOf<T, kSize>::type;
+  using Vector = typename RowOf<T, kSize>::type;
   Vector row[kSize], next[kSize];
 #pragma GCC unroll 8
   for (int i = 0; i < kSize; ++i) row[i] = *reinterpret_cast<const Vector*>(in + i * ld_in);

@@ -46,6 +46,7 @@ def build(
     torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem"]
     torch_flags += [str(Path(torch.__file__).parent / "include")]
     flags_of = {"register.cpp": torch_flags, "product.cpp": ["-O3", "-fno-sanitize=all"]}
+    # These run at every access of a kernel, whatever that is built with.
     flags_of |= {name: ["-O2"] for name in ("emulator.cpp", "counters.cpp")}
     compiler = os.environ.get("CXX", "c++").split()
 

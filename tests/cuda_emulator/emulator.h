@@ -111,6 +111,7 @@ inline float widen(f16 x) {
                                : std::bit_cast<float>(rest | 0x7f800000);
   return std::bit_cast<float>(std::bit_cast<uint32_t>(size) | sign);
 }
+inline float widen(tf32 x) { return x.value; }
 
 inline uint32_t narrow_one(float x, bf16) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -122,6 +123,10 @@ inline uint32_t narrow_one(float x, f16) {
 template <typename T>
 uint32_t narrow_pair(float low, float high, T) {
   return narrow_one(low, T{}) | narrow_one(high, T{}) << 16;
+}
+
+inline void round_to_tf32(uint32_t& bits) {
+  if (std::isfinite(std::bit_cast<float>(bits))) bits = (bits + 0x1000) & ~0x1fffu;
 }
 
 inline float not_negative(float x) { return x < 0.f ? 0.f : x; }
@@ -245,8 +250,11 @@ struct MatrixMultiply {
   const uint32_t* a;
   uint32_t b[2];
 };
+// In product.cpp; of TF32 m16n8k8.
 template <typename T>
-void multiply_all_matrices(void* (&lanes)[32]);  // in product.cpp
+void multiply_all_matrices(void* (&lanes)[32]);
+template <>
+void multiply_all_matrices<tf32>(void* (&lanes)[32]);
 template <typename T>
 void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   emulator::count_multiplications(1);
@@ -281,5 +289,3 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int thre
 }
 
 }  // namespace preact::cuda
-
-#include "tf32.h"
